@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Files whose memory is not in the kernel's direct map.
+ *
+ * A folio of such a file leaves the direct map before anybody can use it, and is
+ * back, zeroed, when it leaves the file.  In between, the kernel can get at it by
+ * user space mappings only; mapping_no_direct_map() tells those who would try
+ * otherwise, e.g. get_user_pages().
+ */
+#include <linux/direct_map.h>
+#include <linux/export.h>
+#include <linux/highmem.h>
+#include <linux/mm.h>
+#include <linux/sched.h>
+#include <linux/set_memory.h>
+
+#include <asm/tlbflush.h>
+
+/* Files, not folios: a file has a hole in the direct map in store, at least. */
+static atomic_long_t direct_map_hole_users;
+
+/**
+ * folio_remove_direct_map - Take a folio out of the direct map
+ * @folio: The folio, which the caller has to itself and which was zeroed.
+ *
+ * A folio that is as large as its direct map entry takes a write to that entry and
+ * one TLB flush.
+ *
+ * Context: May sleep, as a larger direct map entry has to be split.
+ * Return: 0 on success, -ENOMEM if there is no memory for the page tables to split
+ * an entry, or another error.  The folio is in the direct map if it fails.
+ */
+int folio_remove_direct_map(struct folio *folio)
+{
+	unsigned long addr = (unsigned long)folio_address(folio);
+	int r;
+
+	r = set_direct_map_valid_noflush(folio_page(folio, 0),
+					 folio_nr_pages(folio), false);
+	/* The start of the folio may have made it, and takes no split to undo. */
+	if (r)
+		WARN_ON_ONCE(set_direct_map_valid_noflush(folio_page(folio, 0),
+							  folio_nr_pages(folio),
+							  true));
+
+	/* A stale entry would defeat the purpose. */
+	flush_tlb_kernel_range(addr, addr + folio_size(folio));
+	return r;
+}
+EXPORT_SYMBOL_FOR_MODULES(folio_remove_direct_map, "kvm");
+
+/**
+ * folio_restore_direct_map - Put a folio back into the direct map, and zero it
+ * @folio: A folio for which folio_remove_direct_map() succeeded, and that nobody
+ *	but the caller uses any more.
+ *
+ * It can't fail: the entries which were written when the folio was removed are
+ * still there to be written again.  They weren't present, thus no TLB has to be
+ * flushed.
+ *
+ * A poisoned folio must not be touched, and isn't zeroed.  It's put back all the
+ * same: memory failure may dissolve a HugeTLB folio and free its healthy pages.
+ *
+ * Context: Any for a folio of one page.  May sleep for a large folio, for which
+ * zeroing takes a while.
+ */
+void folio_restore_direct_map(struct folio *folio)
+{
+	long i;
+
+	if (WARN_ON_ONCE(set_direct_map_valid_noflush(folio_page(folio, 0),
+						      folio_nr_pages(folio),
+						      true)))
+		return;
+
+	if (folio_test_hwpoison(folio))
+		return;
+
+	for (i = 0; i < folio_nr_pages(folio); i++) {
+		if (i)
+			cond_resched();
+		clear_highpage(folio_page(folio, i));
+	}
+}
+EXPORT_SYMBOL_FOR_MODULES(folio_restore_direct_map, "kvm");
+
+/**
+ * direct_map_hole_users_inc - Account for a file that will use the above
+ *
+ * Context: Any.
+ */
+void direct_map_hole_users_inc(void)
+{
+	atomic_long_inc(&direct_map_hole_users);
+}
+EXPORT_SYMBOL_FOR_MODULES(direct_map_hole_users_inc, "kvm");
+
+/**
+ * direct_map_hole_users_dec - Account for the end of such a file
+ *
+ * Context: Any.
+ */
+void direct_map_hole_users_dec(void)
+{
+	atomic_long_dec(&direct_map_hole_users);
+}
+EXPORT_SYMBOL_FOR_MODULES(direct_map_hole_users_dec, "kvm");
+
+/**
+ * direct_map_has_hole_users - Is memory meant to be kept out of the direct map?
+ *
+ * Context: Any.
+ * Return: True if there is a file whose memory must not be read by the kernel, e.g.
+ * to write it to a hibernation image.
+ */
+bool direct_map_has_hole_users(void)
+{
+	return atomic_long_read(&direct_map_hole_users) > 0;
+}

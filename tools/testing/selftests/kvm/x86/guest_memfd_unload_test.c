@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Unload KVM while the inode of a guest_memfd is being evicted
+ *
+ * A file holds a reference to the vendor module, but drops it before its inode,
+ * and the more pages there are to free, the longer the inode takes to follow.
+ * Nothing but the file is left of the VM here.  Don't expect to survive a failure.
+ */
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include <linux/falloc.h>
+#include <linux/sizes.h>
+
+#include "guest_memfd_hugetlb.h"
+#include "guest_memfd_lifecycle.h"
+#include "kselftest.h"
+#include "kvm_syscalls.h"
+#include "kvm_util.h"
+#include "test_util.h"
+
+#define MAX_SIZE	(3ull * SZ_512M)
+#define PATTERN		0xa5a5a5a5a5a5a5a5ul
+
+#define UNLOAD_TIMEOUT	60
+
+struct unload_test {
+	const char *name;
+	size_t page_size;
+	bool pinned;
+};
+
+static const struct unload_test tests[] = {
+	{ .name = "4K pages", .page_size = SZ_4K },
+	{ .name = "4K pages, one is pinned", .page_size = SZ_4K, .pinned = true },
+	{ .name = "2M pages", .page_size = SZ_2M },
+	{ .name = "2M pages, one is pinned", .page_size = SZ_2M, .pinned = true },
+	{ .name = "1G pages", .page_size = SZ_1G },
+	{ .name = "1G pages, one is pinned", .page_size = SZ_1G, .pinned = true },
+};
+
+static atomic_bool unloading;
+
+static bool is_loaded(const char *module)
+{
+	char path[PATH_MAX];
+
+	snprintf(path, sizeof(path), "/sys/module/%s", module);
+	return !access(path, F_OK);
+}
+
+/* Returns how often it took, the caller knows what a module should wait for. */
+static long unload(const char *module)
+{
+	time_t deadline = time(NULL) + UNLOAD_TIMEOUT;
+	long tries = 1;
+
+	for (; module_unload(module); tries++) {
+		TEST_ASSERT(errno == EWOULDBLOCK || errno == EBUSY,
+			    "Unloading %s: errno %d", module, errno);
+		TEST_ASSERT(time(NULL) < deadline, "%s is still in use", module);
+		atomic_store(&unloading, true);
+	}
+	return tries;
+}
+
+static void *unload_thread(void *vendor)
+{
+	long vendor_tries, kvm_tries;
+
+	vendor_tries = unload(vendor);
+	kvm_tries = unload("kvm");
+	ksft_print_msg("%s went at attempt %ld, kvm at attempt %ld\n",
+		       (char *)vendor, vendor_tries, kvm_tries);
+	return NULL;
+}
+
+static size_t file_size(size_t page_size)
+{
+	struct hugetlb_pool pool;
+	size_t size;
+
+	if (page_size == SZ_4K) {
+		size = sysconf(_SC_AVPHYS_PAGES) * SZ_4K / 2;
+	} else {
+		pool = hugetlb_pool_read(page_size);
+		size = (pool.free - pool.reserved) * page_size;
+	}
+	return align_down(min_t(size_t, size, MAX_SIZE), page_size);
+}
+
+static void check_pinned(int pipe_fds[2], struct hugetlb_pool pool, size_t page_size)
+{
+	u64 buffer[SZ_4K / sizeof(u64)];
+
+	if (page_size > SZ_4K)
+		TEST_ASSERT_POOL_EVENTUALLY(page_size, pool, 1, 0);
+	TEST_ASSERT_EQ(read(pipe_fds[0], buffer, SZ_4K), SZ_4K);
+	TEST_ASSERT_EQ(buffer[0], PATTERN);
+	if (page_size > SZ_4K)
+		TEST_ASSERT_POOL_EVENTUALLY(page_size, pool, 0, 0);
+	kvm_close(pipe_fds[0]);
+	kvm_close(pipe_fds[1]);
+}
+
+static void run_test(const struct unload_test *test, const char *vendor)
+{
+	u64 flags = test->pinned ? SHARED_MEMORY : PRIVATE_MEMORY;
+	long tainted = read_long("/proc/sys/kernel/tainted");
+	size_t size = file_size(test->page_size);
+	struct gmem_counters counters;
+	struct hugetlb_pool pool = {};
+	struct kvm_vm *vm;
+	pthread_t thread;
+	int pipe_fds[2];
+	void *mem;
+	int fd;
+
+	if (test->page_size > SZ_4K) {
+		flags |= GUEST_MEMFD_FLAG_HUGETLB | hugetlb_size_flag(test->page_size);
+		pool = hugetlb_pool_read(test->page_size);
+	}
+
+	counters = gmem_counters_read();
+
+	vm = vm_create_barebones();
+	fd = vm_create_guest_memfd(vm, size, flags);
+	kvm_vm_free(vm);
+	kvm_fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, size);
+
+	if (test->pinned) {
+		mem = kvm_mmap(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
+		WRITE_ONCE(*(u64 *)mem, PATTERN);
+		TEST_ASSERT(!pipe(pipe_fds), "pipe() failed");
+		TEST_ASSERT_EQ(pin_by_vmsplice(pipe_fds, mem, SZ_4K), SZ_4K);
+		kvm_munmap(mem, size);
+	}
+
+	atomic_store(&unloading, false);
+	kvm_pthread_create(&thread, NULL, unload_thread, (void *)vendor);
+	while (!atomic_load(&unloading))
+		sched_yield();
+	kvm_close(fd);
+	kvm_pthread_join(thread, NULL);
+	TEST_ASSERT(!is_loaded(vendor) && !is_loaded("kvm"), "KVM is still there");
+
+	if (test->pinned)
+		check_pinned(pipe_fds, pool, test->page_size);
+
+	module_load(vendor);
+	gmem_counters_wait(&counters);
+
+	vm = vm_create_barebones();
+	fd = vm_create_guest_memfd(vm, size, flags);
+	kvm_fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, max_t(size_t, test->page_size, SZ_2M));
+	kvm_vm_free(vm);
+	kvm_close(fd);
+	gmem_counters_wait(&counters);
+
+	TEST_ASSERT_EQ(read_long("/proc/sys/kernel/tainted"), tainted);
+	ksft_test_result_pass("%s\n", test->name);
+}
+
+static const char *why_skip(const struct unload_test *test)
+{
+	if (test->page_size > SZ_4K)
+		return hugetlb_missing(test->page_size, 1);
+	if (test->pinned &&
+	    (kvm_check_cap(KVM_CAP_GUEST_MEMFD_FLAGS) & SHARED_MEMORY) != SHARED_MEMORY)
+		return "guest_memfd can't be mapped";
+	return NULL;
+}
+
+int main(int argc, char **argv)
+{
+	const char *vendor = vendor_module();
+	int i;
+
+	ksft_print_header();
+
+	if (!vendor || access("/sys/module/kvm/refcnt", F_OK))
+		ksft_exit_skip("KVM isn't modular, or not loaded\n");
+	if (!kvm_has_cap(KVM_CAP_GUEST_MEMFD))
+		ksft_exit_skip("no KVM_CAP_GUEST_MEMFD\n");
+
+	ksft_set_plan(ARRAY_SIZE(tests));
+	gmem_cgroup_enter();
+	for (i = 0; i < ARRAY_SIZE(tests); i++) {
+		const char *reason = why_skip(&tests[i]);
+
+		if (reason)
+			ksft_test_result_skip("%s: %s\n", tests[i].name, reason);
+		else
+			run_test(&tests[i], vendor);
+	}
+	gmem_cgroup_leave();
+	ksft_finished();
+}
