@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-2.0
+
+.PHONY: help demo check stress bench tree refresh series lint packages clean distclean
+.NOTPARALLEL:
+
+help:
+	@echo 'Huge pages and a sound life cycle for guest_memfd'
+	@echo ''
+	@echo '  make demo       boot a Linux guest on 4K, 2M and 1G guest_memfd pages'
+	@echo '  make check      build the kernel and run its tests in QEMU'
+	@echo '  make bench      measure what the series gains and costs'
+	@echo '  make stress     do everything at random for DURATION seconds (60)'
+	@echo ''
+	@echo '  make tree       assemble the kernel source with the series, in build/linux'
+	@echo '  make refresh    write commits in build/linux back to patches/ and new files'
+	@echo '  make series     write the series for git am, to build/series'
+	@echo '  make lint       check that all of this agrees, and its style'
+	@echo ''
+	@echo '  make clean      remove what was built, but not the source'
+	@echo '  make distclean  remove build/'
+	@echo ''
+	@echo 'DEBUG=1 (check) takes the kernel with all debugging on.  LINUX_SRC= names'
+	@echo 'the source of the base, TREE= (refresh) another repository with the series,'
+	@echo 'FORCE=1 (tree, refresh) drops edits.  See also scripts/boot --help.'
+
+packages:
+	@scripts/packages
+
+tree refresh series: packages
+	@scripts/series $@
+
+lint: tree
+	@scripts/series lint
+
+check: tree
+	@scripts/check $(if $(DEBUG),--debug)
+
+demo: tree
+	@scripts/build kernel
+	@scripts/build vmm
+	@scripts/demo
+
+DURATION ?= 60
+stress: tree
+	@scripts/build kernel
+	@scripts/build selftests
+	@scripts/boot --memory 6G --cpus 4 --nodes 2 --timeout $$(($(DURATION) + 300)) \
+		--append "hugepagesz=1G hugepages=3 hugepagesz=2M hugepages=64" \
+		build/selftests/guest_memfd_stress --duration $(DURATION) $(if $(SEED),--seed $(SEED))
+
+bench: tree
+	@scripts/build kernel
+	@scripts/bench
+
+clean:
+	rm -rf build/kernel* build/selftests* build/vmm build/series
+
+distclean:
+	rm -rf build
