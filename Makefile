@@ -50,6 +50,7 @@ stress: tree
 
 bench: tree
 	@scripts/build kernel
+	@scripts/build selftests
 	@scripts/bench
 
 clean:

@@ -16,6 +16,8 @@
 
 #include <asm/tlbflush.h>
 
+#include "internal.h"
+
 /* Files, not folios: a file has a hole in the direct map in store, at least. */
 static atomic_long_t direct_map_hole_users;
 
@@ -34,6 +36,8 @@ int folio_remove_direct_map(struct folio *folio)
 {
 	unsigned long addr = (unsigned long)folio_address(folio);
 	int r;
+
+	might_sleep();
 
 	r = set_direct_map_valid_noflush(folio_page(folio, 0),
 					 folio_nr_pages(folio), false);
@@ -58,11 +62,12 @@ EXPORT_SYMBOL_FOR_MODULES(folio_remove_direct_map, "kvm");
  * still there to be written again.  They weren't present, thus no TLB has to be
  * flushed.
  *
- * A poisoned folio must not be touched, and isn't zeroed.  It's put back all the
- * same: memory failure may dissolve a HugeTLB folio and free its healthy pages.
+ * A poisoned folio must not be touched, and isn't zeroed.  All but the pages with
+ * an error are put back nevertheless: memory failure may dissolve a HugeTLB folio
+ * and free its healthy pages.
  *
- * Context: Any for a folio of one page.  May sleep for a large folio, for which
- * zeroing takes a while.
+ * Context: May sleep, as zeroing takes a while, and as architectures may serialize
+ * changes of the direct map.
  */
 void folio_restore_direct_map(struct folio *folio)
 {
@@ -73,8 +78,10 @@ void folio_restore_direct_map(struct folio *folio)
 						      true)))
 		return;
 
-	if (folio_test_hwpoison(folio))
+	if (folio_test_hwpoison(folio)) {
+		folio_set_mce_nospec(folio);
 		return;
+	}
 
 	for (i = 0; i < folio_nr_pages(folio); i++) {
 		if (i)

@@ -87,7 +87,6 @@ int hugetlb_loan_open(struct hugetlb_loan *loan, unsigned int page_size_log,
 	loan->hstate = h;
 	loan->subpool = subpool;
 	loan->reservation_cgroup = reservation_cgroup;
-	loan->nr_huge_pages = nr_huge_pages;
 	return 0;
 }
 EXPORT_SYMBOL_FOR_MODULES(hugetlb_loan_open, "kvm");
@@ -104,14 +103,18 @@ EXPORT_SYMBOL_FOR_MODULES(hugetlb_loan_open, "kvm");
 void hugetlb_loan_close(struct hugetlb_loan *loan)
 {
 	struct hstate *h = loan->hstate;
+	unsigned long nr_huge_pages;
 
 	if (!h)
 		return;
 
+	might_sleep();
+
+	nr_huge_pages = loan->subpool->max_hpages;
 	hugepage_subpool_drop_reservation(loan->subpool);
 	hugepage_put_subpool(loan->subpool);
 	hugetlb_cgroup_uncharge_cgroup_rsvd(hstate_index(h),
-					    loan->nr_huge_pages * pages_per_huge_page(h),
+					    nr_huge_pages * pages_per_huge_page(h),
 					    loan->reservation_cgroup);
 	memset(loan, 0, sizeof(*loan));
 }
@@ -130,6 +133,9 @@ static struct folio *hugetlb_loan_alloc_folio(struct hugetlb_loan *loan,
 	unsigned int pin_flag;
 	struct folio *folio;
 	int r;
+
+	lockdep_assert_held(&hugetlb_fault_mutex_table[hugetlb_fault_mutex_hash(mapping,
+						index >> huge_page_order(h))]);
 
 	if (hugepage_subpool_get_pages(loan->subpool, 1) < 0)
 		return ERR_PTR(-EAGAIN);
@@ -175,7 +181,6 @@ static struct folio *hugetlb_loan_alloc_folio(struct hugetlb_loan *loan,
 	 */
 	hugetlb_set_folio_subpool(folio, loan->subpool);
 	folio_clear_hugetlb_restore_reserve(folio);
-	folio_set_hugetlb_on_loan(folio);
 
 	/* The pool doesn't care what the folio was used for before. */
 	folio_clear_uptodate(folio);
@@ -192,6 +197,9 @@ static struct folio *hugetlb_loan_alloc_folio(struct hugetlb_loan *loan,
 
 	/* Memory failure takes a clean folio for one that can be dropped. */
 	folio_mark_dirty(folio);
+
+	/* And it takes its time to get here: nobody may lock the folio before. */
+	folio_set_hugetlb_on_loan(folio);
 	return folio;
 }
 
@@ -213,7 +221,8 @@ static struct folio *hugetlb_loan_alloc_folio(struct hugetlb_loan *loan,
  * Return: The folio, locked and with a reference for the caller, or an ERR_PTR:
  * -ENOMEM if no page cache node could be allocated, if a HugeTLB or memory
  * cgroup limit is hit, if the cpuset of the current task has no huge page, or if
- * a huge page that was removed from the file is still pinned.
+ * a huge page that was removed from the file is poisoned or still pinned and there
+ * is none to take its place; -EINTR if the task is about to die.
  */
 struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
 				     struct address_space *mapping,
@@ -225,6 +234,7 @@ struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
 	u32 hash;
 
 	hash = hugetlb_fault_mutex_hash(mapping, index >> order);
+	might_lock(&hugetlb_fault_mutex_table[hash]);
 
 	for (;;) {
 		folio = filemap_lock_folio(mapping, index);
@@ -250,11 +260,17 @@ struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
 			/*
 			 * A folio that was removed from the file is still in use.
 			 * Most likely by somebody who was about to fault it in,
-			 * and gives it up soon.
+			 * and gives it up soon.  If it's pinned, or if memory
+			 * failure keeps it, another page of the pool may take
+			 * its place.
 			 */
-			if (!retries-- || fatal_signal_pending(current))
+			if (fatal_signal_pending(current))
+				return ERR_PTR(-EINTR);
+			if (retries-- > 0)
+				fsleep(1000);
+			else if (hugepage_subpool_grow(loan->subpool,
+						       loan->reservation_cgroup))
 				return ERR_PTR(-ENOMEM);
-			fsleep(1000);
 			continue;
 		}
 		mutex_unlock(&hugetlb_fault_mutex_table[hash]);
@@ -263,8 +279,7 @@ struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
 }
 EXPORT_SYMBOL_FOR_MODULES(hugetlb_loan_get_folio, "kvm");
 
-static void hugetlb_loan_return_folio(struct hugetlb_loan *loan,
-				      struct folio *folio)
+static void hugetlb_loan_return_folio(struct folio *folio)
 {
 	/* Entries are added with the folio locked. */
 	if (folio_mapped(folio))
@@ -277,21 +292,10 @@ static void hugetlb_loan_return_folio(struct hugetlb_loan *loan,
 	folio_clear_dirty(folio);
 	folio_clear_uptodate(folio);
 	filemap_remove_folio(folio);
-
-	/*
-	 * If it's pinned, or if memory failure keeps it, the folio won't come
-	 * back soon, or not at all.  Let another page of the pool take its place
-	 * if there is one to spare.  One reference is the caller's.
-	 */
-	if (folio_ref_count(folio) > 1 && !hugetlb_acct_memory(loan->hstate, 1)) {
-		hugetlb_set_folio_subpool(folio, NULL);
-		WARN_ON_ONCE(hugepage_subpool_put_pages(loan->subpool, 1));
-	}
 }
 
 /**
  * hugetlb_loan_return_folios - Remove a range of folios from a file
- * @loan: The file's loan.
  * @mapping: The file's page cache.
  * @start: First index in units of PAGE_SIZE, a multiple of the huge page size.
  * @end: Index behind the range, a multiple of the huge page size.
@@ -303,12 +307,13 @@ static void hugetlb_loan_return_folio(struct hugetlb_loan *loan,
  *
  * Context: May sleep.  Takes folio locks, i_mmap_rwsem and i_lock.
  */
-void hugetlb_loan_return_folios(struct hugetlb_loan *loan,
-				struct address_space *mapping,
+void hugetlb_loan_return_folios(struct address_space *mapping,
 				pgoff_t start, pgoff_t end)
 {
 	struct folio_batch fbatch;
 	unsigned int i;
+
+	might_sleep();
 
 	folio_batch_init(&fbatch);
 	while (start < end &&
@@ -318,11 +323,14 @@ void hugetlb_loan_return_folios(struct hugetlb_loan *loan,
 
 			folio_lock(folio);
 			if (folio->mapping == mapping)
-				hugetlb_loan_return_folio(loan, folio);
+				hugetlb_loan_return_folio(folio);
 			folio_unlock(folio);
+
+			/* A fault may be waiting for it to be back. */
+			folio_put(folio);
 			cond_resched();
 		}
-		folio_batch_release(&fbatch);
+		folio_batch_reinit(&fbatch);
 	}
 }
 EXPORT_SYMBOL_FOR_MODULES(hugetlb_loan_return_folios, "kvm");
@@ -367,6 +375,8 @@ vm_fault_t hugetlb_loan_map_folio(struct hugetlb_loan *loan,
 {
 	bool write = vmf->flags & FAULT_FLAG_WRITE;
 
+	VM_WARN_ON_ONCE_FOLIO(!folio_test_locked(folio), folio);
+
 	if (folio_test_hwpoison(folio))
 		return VM_FAULT_HWPOISON_LARGE |
 		       VM_FAULT_SET_HINDEX(hstate_index(loan->hstate));
@@ -374,7 +384,7 @@ vm_fault_t hugetlb_loan_map_folio(struct hugetlb_loan *loan,
 	if (WARN_ON_ONCE(!hugetlb_loan_can_map(loan)))
 		return VM_FAULT_SIGBUS;
 
-	if (folio_order(folio) == PMD_ORDER)
+	if (IS_ENABLED(CONFIG_TRANSPARENT_HUGEPAGE) && folio_order(folio) == PMD_ORDER)
 		return vmf_insert_folio_pmd(vmf, folio, write);
 
 	if (IS_ENABLED(CONFIG_HAVE_ARCH_TRANSPARENT_HUGEPAGE_PUD))

@@ -23,13 +23,11 @@ struct vm_fault;
  *	that was taken through it is pinned.
  * @reservation_cgroup: The HugeTLB cgroup that is charged for the reservation.
  *	NULL if HugeTLB cgroups are disabled.
- * @nr_huge_pages: Size of the reservation, in huge pages.
  */
 struct hugetlb_loan {
 	struct hstate *hstate;
 	struct hugepage_subpool *subpool;
 	struct hugetlb_cgroup *reservation_cgroup;
-	unsigned long nr_huge_pages;
 };
 
 int hugetlb_loan_open(struct hugetlb_loan *loan, unsigned int page_size_log,
@@ -38,8 +36,7 @@ void hugetlb_loan_close(struct hugetlb_loan *loan);
 struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
 				     struct address_space *mapping,
 				     pgoff_t index, struct mempolicy *policy);
-void hugetlb_loan_return_folios(struct hugetlb_loan *loan,
-				struct address_space *mapping,
+void hugetlb_loan_return_folios(struct address_space *mapping,
 				pgoff_t start, pgoff_t end);
 bool hugetlb_loan_can_map(const struct hugetlb_loan *loan);
 vm_fault_t hugetlb_loan_map_folio(struct hugetlb_loan *loan,
