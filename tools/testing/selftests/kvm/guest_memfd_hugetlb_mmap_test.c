@@ -1243,19 +1243,33 @@ TEST_F_TIMEOUT(map, punch_pinned, HUGETLB_TEST_TIMEOUT)
 	iov.iov_base = mem + page_size / 2;
 	TEST_ASSERT(!pipe(pipes), "pipe() failed");
 
-	/* A spare page is there. */
+	/* A spare page is there, and taken when it's needed. */
 	fill_memory(iov.iov_base, sizeof(buffer), PATTERN);
 	TEST_ASSERT_EQ(vmsplice(pipes[1], &iov, 1, 0), sizeof(buffer));
 	TEST_ASSERT_POOL(page_size, self->pool, 1, 0);
 	kvm_fallocate(self->fd, PUNCH_HOLE, 0, page_size);
-	TEST_ASSERT_POOL(page_size, self->pool, 1, 1);
+	TEST_ASSERT_POOL(page_size, self->pool, 1, 0);
 	TEST_ASSERT_EQ(READ_ONCE(*(u64 *)iov.iov_base), 0);
 	TEST_ASSERT_POOL(page_size, self->pool, 2, 0);
 	TEST_ASSERT_EQ(read(pipes[0], buffer, sizeof(buffer)), sizeof(buffer));
 	TEST_ASSERT_MEMORY(buffer, sizeof(buffer), PATTERN);
-	TEST_ASSERT_POOL_EVENTUALLY(page_size, self->pool, 1, 0);
+	TEST_ASSERT_POOL_EVENTUALLY(page_size, self->pool, 1, 1);
+
+	/* The file has one in store now. */
+	TEST_ASSERT_EQ(vmsplice(pipes[1], &iov, 1, 0), sizeof(buffer));
+	kvm_fallocate(self->fd, PUNCH_HOLE, 0, page_size);
+	TEST_ASSERT_EQ(READ_ONCE(*(u64 *)iov.iov_base), 0);
+	TEST_ASSERT_POOL(page_size, self->pool, 2, 0);
+	TEST_ASSERT_EQ(read(pipes[0], buffer, sizeof(buffer)), sizeof(buffer));
+
+	kvm_munmap(mem, page_size);
+	kvm_close(self->fd);
+	TEST_ASSERT_POOL_EVENTUALLY(page_size, self->pool, 0, 0);
 
 	/* All others are reserved. */
+	self->fd = vm_create_guest_memfd(self->vm, page_size, self->flags);
+	mem = kvm_mmap(page_size, PROT_READ | PROT_WRITE, MAP_SHARED, self->fd);
+	iov.iov_base = mem + page_size / 2;
 	nr_spare = self->pool.free - self->pool.reserved - 1;
 	spare_fd = vm_create_guest_memfd(self->vm, nr_spare * page_size, self->flags);
 	fill_memory(iov.iov_base, sizeof(buffer), PATTERN);
@@ -1271,7 +1285,15 @@ TEST_F_TIMEOUT(map, punch_pinned, HUGETLB_TEST_TIMEOUT)
 
 	TEST_ASSERT_EQ(READ_ONCE(*(u64 *)iov.iov_base), 0);
 	TEST_ASSERT_POOL(page_size, self->pool, 1, nr_spare);
+
+	/* It's not too late when they aren't any more. */
+	TEST_ASSERT_EQ(vmsplice(pipes[1], &iov, 1, 0), sizeof(buffer));
+	kvm_fallocate(self->fd, PUNCH_HOLE, 0, page_size);
+	TEST_EXPECT_SIGBUS(READ_ONCE(*mem));
 	kvm_close(spare_fd);
+	TEST_ASSERT_EQ(READ_ONCE(*(u64 *)iov.iov_base), 0);
+	TEST_ASSERT_POOL(page_size, self->pool, 2, 0);
+	TEST_ASSERT_EQ(read(pipes[0], buffer, sizeof(buffer)), sizeof(buffer));
 }
 
 TEST_F_TIMEOUT(map, vmsplice, HUGETLB_TEST_TIMEOUT)

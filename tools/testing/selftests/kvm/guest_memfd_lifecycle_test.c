@@ -160,7 +160,7 @@ FIXTURE_SETUP(lifecycle)
 	else if (!kvm_has_cap(KVM_CAP_PRE_FAULT_MEMORY))
 		missing = "no KVM_CAP_PRE_FAULT_MEMORY";
 	else if (self->page_size > SZ_4K)
-		missing = hugetlb_missing(self->page_size, self->size / self->page_size);
+		missing = hugetlb_missing(self->page_size, self->size / self->page_size + 1);
 	if (missing)
 		SKIP(return, "%s", missing);
 
@@ -584,6 +584,21 @@ TEST_F_TIMEOUT(lifecycle, pinned_and_punched, HUGETLB_TEST_TIMEOUT)
 
 	kvm_fallocate(self->fd, PUNCH_HOLE, 0, self->page_size);
 	gmem_counters_wait(&counters);
+
+	/* Another page takes its place, and is paid for. */
+	if (self->page_size > SZ_4K) {
+		const char *charge = self->page_size == SZ_2M ? "hugetlb.2MB.rsvd.current" :
+								"hugetlb.1GB.rsvd.current";
+		long charged = gmem_counter_get(charge);
+
+		TEST_ASSERT_EQ(READ_ONCE(*(u64 *)self->mem), 0);
+		if (charged >= 0)
+			TEST_ASSERT_EQ(gmem_counter_get(charge), charged + self->page_size);
+		kvm_close(pipe_fds[0]);
+		kvm_close(pipe_fds[1]);
+		return;
+	}
+
 	kvm_close(pipe_fds[0]);
 	kvm_close(pipe_fds[1]);
 	kvm_fallocate(self->fd, ALLOCATE, 0, self->page_size);
