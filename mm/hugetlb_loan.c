@@ -132,10 +132,11 @@ static struct folio *hugetlb_loan_alloc_folio(struct hugetlb_loan *loan,
 	struct mempolicy_interpreted interpreted;
 	unsigned int pin_flag;
 	struct folio *folio;
+	u32 hash;
 	int r;
 
-	lockdep_assert_held(&hugetlb_fault_mutex_table[hugetlb_fault_mutex_hash(mapping,
-						index >> huge_page_order(h))]);
+	hash = hugetlb_fault_mutex_hash(mapping, index >> huge_page_order(h));
+	lockdep_assert_held(&hugetlb_fault_mutex_table[hash]);
 
 	if (hugepage_subpool_get_pages(loan->subpool, 1) < 0)
 		return ERR_PTR(-EAGAIN);

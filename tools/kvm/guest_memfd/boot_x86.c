@@ -53,8 +53,9 @@ static u64 low_mem_end(const struct vm *vm)
 }
 
 /* Guest memory is one mapping; only its guest physical addresses have a hole. */
-static void *low_mem(const struct vm *vm, u64 addr)
+static void *low_mem(const struct vm *vm, u64 addr, u64 size)
 {
+	allocate_memory(vm, addr, size);
 	return vm->mem + addr;
 }
 
@@ -129,7 +130,7 @@ static void parse_bzimage(const char *path, struct boot_image *image, u64 file_s
 /* Everything that can be wrong with the files, before there is a VM. */
 struct boot_image *boot_open(const struct vm *vm)
 {
-	u64 file_size, kernel_end, initrd_max;
+	u64 file_size, kernel_end, initrd_size, initrd_max;
 	struct boot_image *image;
 	struct setup_header *hdr;
 
@@ -154,16 +155,16 @@ struct boot_image *boot_open(const struct vm *vm)
 			usage_error("%s: the file is empty", vm->initrd);
 	}
 
+	/* Memory above what the kernel takes for an initrd is of no use here. */
 	initrd_max = low_mem_end(vm);
 	if (initrd_max > (u64)hdr->initrd_addr_max + 1)
-		initrd_max = (u64)hdr->initrd_addr_max + 1;
-	if (kernel_end + image->initrd_size > initrd_max)
-		usage_error("--memory: too small: kernel and initrd need %lluM",
-			    (unsigned long long)(kernel_end + image->initrd_size +
-						 SZ_1M - 1) / SZ_1M);
-	image->initrd_addr = ALIGN_DOWN(initrd_max - image->initrd_size, SZ_4K);
-	if (image->initrd_addr < kernel_end)
-		usage_error("--memory: too small by a page");
+		initrd_max = ALIGN_DOWN((u64)hdr->initrd_addr_max + 1, SZ_4K);
+	initrd_size = ALIGN(image->initrd_size, SZ_4K);
+	if (kernel_end + initrd_size > initrd_max)
+		usage_error("--memory: kernel and initrd need %lluM, and can use %lluM",
+			    (unsigned long long)(kernel_end + initrd_size + SZ_1M - 1) / SZ_1M,
+			    (unsigned long long)initrd_max / SZ_1M);
+	image->initrd_addr = initrd_max - initrd_size;
 
 	if (strlen(vm->append) > hdr->cmdline_size)
 		usage_error("--append: %zu bytes, this kernel takes %u", strlen(vm->append),
@@ -402,7 +403,9 @@ static u64 table_addr(const struct vm *vm, const void *table)
 
 static void build_acpi(struct vm *vm)
 {
-	struct acpi_tables *t = low_mem(vm, ACPI_ADDR);
+	struct acpi_tables *t = low_mem(vm, ACPI_ADDR, sizeof(*t) +
+					vm->nr_vcpus * sizeof(struct acpi_madt_lapic) +
+					sizeof(struct acpi_madt_ioapic));
 
 	memcpy(t->facs.signature, "FACS", sizeof(t->facs.signature));
 	t->facs.length = sizeof(t->facs);
@@ -427,9 +430,11 @@ static void build_acpi(struct vm *vm)
 /* Guest memory reads as zeros until it is written: only say what is not zero. */
 void boot_load(struct vm *vm, struct boot_image *image)
 {
-	struct boot_params *bp = low_mem(vm, BOOT_PARAMS_ADDR);
+	struct boot_params *bp = low_mem(vm, BOOT_PARAMS_ADDR, sizeof(*bp));
+	size_t cmdline_size = strlen(vm->append) + 1;
 
-	read_image(image->kernel_fd, vm->kernel, low_mem(vm, image->kernel_addr),
+	read_image(image->kernel_fd, vm->kernel,
+		   low_mem(vm, image->kernel_addr, image->kernel_size),
 		   image->kernel_size, image->kernel_offset);
 	close(image->kernel_fd);
 
@@ -437,10 +442,11 @@ void boot_load(struct vm *vm, struct boot_image *image)
 	bp->hdr.type_of_loader = 0xff;
 	bp->hdr.code32_start = image->kernel_addr;
 	bp->hdr.cmd_line_ptr = CMDLINE_ADDR;
-	memcpy(low_mem(vm, CMDLINE_ADDR), vm->append, strlen(vm->append) + 1);
+	memcpy(low_mem(vm, CMDLINE_ADDR, cmdline_size), vm->append, cmdline_size);
 
 	if (image->initrd_size) {
-		read_image(image->initrd_fd, vm->initrd, low_mem(vm, image->initrd_addr),
+		read_image(image->initrd_fd, vm->initrd,
+			   low_mem(vm, image->initrd_addr, image->initrd_size),
 			   image->initrd_size, 0);
 		close(image->initrd_fd);
 		bp->hdr.ramdisk_image = image->initrd_addr;
@@ -556,7 +562,7 @@ static void set_flat_segment(struct kvm_segment *seg, u16 selector, u8 type)
 
 void boot_setup_vcpu(struct vm *vm, int vcpu_fd, unsigned int apic_id)
 {
-	struct boot_params *bp = low_mem(vm, BOOT_PARAMS_ADDR);
+	struct boot_params *bp = low_mem(vm, BOOT_PARAMS_ADDR, sizeof(*bp));
 	struct kvm_regs regs = {
 		.rip	= bp->hdr.code32_start,
 		.rsi	= BOOT_PARAMS_ADDR,
@@ -573,6 +579,7 @@ void boot_setup_vcpu(struct vm *vm, int vcpu_fd, unsigned int apic_id)
 	struct kvm_sregs sregs;
 
 	setup_cpuid(vm, vcpu_fd, apic_id);
+	errno = EINVAL;		/* for 0, the number of MSRs that were set */
 	if (ioctl(vcpu_fd, KVM_SET_MSRS, &mtrr) != 1)
 		call_failed("KVM_SET_MSRS", "MTRR default type");
 

@@ -123,8 +123,13 @@ static void milestone(void)
 
 int main(void)
 {
+	unsigned long size, kept;
 	struct utsname uts;
-	unsigned long size;
+
+	if (getpid() != 1) {
+		fprintf(stderr, "guest_init: is for the init of a guest, it powers off\n");
+		return EXIT_FAILURE;
+	}
 
 	milestone();
 	nr_cpus = sysconf(_SC_NPROCESSORS_ONLN);
@@ -134,8 +139,13 @@ int main(void)
 	       uts.release, nr_cpus, sysconf(_SC_PHYS_PAGES) * SZ_4K / SZ_1M, size / SZ_1M);
 
 	/* The page allocator keeps some back, and nothing here can be reclaimed. */
-	size -= size / 16 + 16 * SZ_1M;
-	nr_pages = size / SZ_4K;
+	kept = size / 16 + 16 * SZ_1M;
+	if (size < kept + SZ_4K) {
+		printf("guest_init: too little memory is free, %lu MiB are kept back\n",
+		       kept / SZ_1M);
+		return EXIT_FAILURE;
+	}
+	nr_pages = (size - kept) / SZ_4K;
 	memory = mmap(NULL, nr_pages * SZ_4K, PROT_READ | PROT_WRITE,
 		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (memory == MAP_FAILED)

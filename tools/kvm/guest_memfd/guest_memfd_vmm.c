@@ -8,6 +8,7 @@
  *   probe_kvm()	what to ask before using the API
  *   create_memory()	the API: create the file, map it, bind it to memslots
  *   explain_enomem()	how to turn its one likely failure into advice
+ *   allocate_memory()	what to do before the VMM itself writes to memory
  *   destroy_vm()	when the huge pages go back to their pool
  *
  * The rest is what it takes to get an x86 kernel to user space: boot_x86.c plays
@@ -19,6 +20,7 @@
  * the UART, with ioctl(TIOCMBIS) on its console, --stats takes a sample of the
  * figures that matter here: see guest_init.c.
  */
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
@@ -38,7 +40,7 @@
 
 #define PROG		"guest_memfd_vmm"
 #define HUGEPAGES	"/sys/kernel/mm/hugepages/hugepages-%llukB/%s"
-#define CGROUP_LIMIT	"look at the hugetlb limits of the cgroup"
+#define CGROUP_LIMIT	"look at the hugetlb and memory limits of the cgroup"
 #define ESCAPE_KEY	0x1d		/* Ctrl-] */
 #define MAX_VCPUS	254		/* APIC IDs of 8 bits; 255 is broadcast */
 
@@ -221,13 +223,12 @@ void vm_milestone(struct vm *vm)
  * The API.
  */
 
-static int check_extension(const struct vm *vm, int fd, long cap)
+static int check_extension(const struct vm *vm, long cap)
 {
-	int ret = ioctl(fd, KVM_CHECK_EXTENSION, cap);
+	int ret = ioctl(vm->fd, KVM_CHECK_EXTENSION, cap);
 
 	if (ret < 0)
-		call_failed("KVM_CHECK_EXTENSION", "capability %ld of %s", cap,
-			    fd == vm->fd ? "the VM" : "/dev/kvm");
+		call_failed("KVM_CHECK_EXTENSION", "capability %ld of the VM", cap);
 	return ret;
 }
 
@@ -255,10 +256,10 @@ static void probe_kvm(struct vm *vm)
 	if (vm->fd < 0)
 		call_failed("KVM_CREATE_VM", NULL);
 
-	if (!check_extension(vm, vm->fd, KVM_CAP_GUEST_MEMFD))
+	if (!check_extension(vm, KVM_CAP_GUEST_MEMFD))
 		unsupported("KVM_CAP_GUEST_MEMFD", 0, "needs a kernel with CONFIG_KVM_GUEST_MEMFD");
 
-	flags = check_extension(vm, vm->fd, KVM_CAP_GUEST_MEMFD_FLAGS);
+	flags = check_extension(vm, KVM_CAP_GUEST_MEMFD_FLAGS);
 	if ((flags & SHARED_MEMORY) != SHARED_MEMORY)
 		unsupported("KVM_CAP_GUEST_MEMFD_FLAGS", flags,
 			    "no guest_memfd that can be mapped: needs Linux 6.18");
@@ -269,7 +270,7 @@ static void probe_kvm(struct vm *vm)
 		unsupported("KVM_CAP_GUEST_MEMFD_FLAGS", flags,
 			    "--no-direct-map: needs GUEST_MEMFD_FLAG_NO_DIRECT_MAP");
 
-	ret = check_extension(vm, vm->fd, KVM_CAP_MAX_VCPUS);
+	ret = check_extension(vm, KVM_CAP_MAX_VCPUS);
 	if (vm->nr_vcpus > (unsigned int)ret)
 		usage_error("--vcpus: %u, but KVM supports %d here", vm->nr_vcpus, ret);
 }
@@ -283,6 +284,10 @@ static void explain_enomem(const struct vm *vm)
 	unsigned long long kib = vm->page_size->size >> 10;
 
 	errno = ENOMEM;
+	if (total < 0)
+		call_failed("KVM_CREATE_GUEST_MEMFD",
+			    "needs %lld free pages in the %s pool, which sysfs does not show",
+			    needed, vm->page_size->name);
 	if (unreserved >= needed)
 		call_failed("KVM_CREATE_GUEST_MEMFD",
 			    "the %s pool has %lld free pages, %lld needed: " CGROUP_LIMIT,
@@ -325,14 +330,15 @@ static void create_memory(struct vm *vm)
 
 	/*
 	 * All huge pages are reserved here or not at all: once this succeeds, no
-	 * access by the guest or through the mapping fails for want of a page.
+	 * access by the guest or through the mapping fails for want of a page.  It
+	 * may still hit a limit, see allocate_memory().
 	 */
 	vm->gmem_fd = ioctl(vm->fd, KVM_CREATE_GUEST_MEMFD, &args);
 	if (vm->gmem_fd < 0 && errno == ENOMEM && is_hugetlb(vm))
 		explain_enomem(vm);
 	if (vm->gmem_fd < 0 && errno == EINVAL && is_hugetlb(vm))
 		call_failed("KVM_CREATE_GUEST_MEMFD",
-			    "are there %s pages under /sys/kernel/mm/hugepages?",
+			    "needs %s pages in /sys/kernel/mm/hugepages, CONFIG_TRANSPARENT_HUGEPAGE",
 			    vm->page_size->name);
 	if (vm->gmem_fd < 0)
 		call_failed("KVM_CREATE_GUEST_MEMFD", "size %#llx, flags %#llx",
@@ -354,6 +360,24 @@ static void create_memory(struct vm *vm)
 	bind_memory(vm, 0, 0, 0, low);
 	if (vm->mem_size > low)
 		bind_memory(vm, 1, SZ_4G, low, vm->mem_size - low);
+}
+
+/*
+ * What is reserved has yet to be allocated, and cgroups have limits on that, too.
+ * Through the mapping, to hit one is SIGBUS, fallocate() has an error to report.
+ * What only the guest writes can wait: for that, KVM_RUN has one.
+ */
+void allocate_memory(const struct vm *vm, u64 offset, u64 size)
+{
+	u64 start = ALIGN_DOWN(offset, vm->page_size->size);
+	u64 end = ALIGN(offset + size, vm->page_size->size);
+
+	while (fallocate(vm->gmem_fd, FALLOC_FL_KEEP_SIZE, start, end - start))
+		if (errno != EINTR)
+			call_failed("fallocate", "guest_memfd, %lluK at %#llx%s",
+				    (unsigned long long)(end - start) / SZ_1K,
+				    (unsigned long long)start,
+				    errno == ENOMEM && is_hugetlb(vm) ? ": " CGROUP_LIMIT : "");
 }
 
 /*
@@ -429,14 +453,13 @@ static void create_vcpus(struct vm *vm)
 	}
 }
 
-/* From any thread, with vm->lock held.  The first to call it decides. */
+/* From any thread, and without a lock that could be held up.  The first decides. */
 void vm_stop(struct vm *vm, enum exit_status status)
 {
 	u64 one = 1;
 
-	if (vm->stopping)
+	if (atomic_exchange(&vm->stopping, true))
 		return;
-	vm->stopping = true;
 	vm->status = status;
 	if (write(vm->stop_fd, &one, sizeof(one)) != sizeof(one))
 		call_failed("eventfd", NULL);
@@ -447,14 +470,17 @@ static void port_in(struct vm *vm, u16 port, u8 *data, unsigned int size)
 {
 	memset(data, 0xff, size);
 
-	if (port >= SERIAL_PORT && port < SERIAL_PORT + SERIAL_NR_PORTS)
+	if (port >= SERIAL_PORT && port < SERIAL_PORT + SERIAL_NR_PORTS) {
+		pthread_mutex_lock(&vm->lock);
 		data[0] = serial_in(vm, port - SERIAL_PORT);
-	else if (port == ACPI_PM1_STATUS && size == 2)
+		pthread_mutex_unlock(&vm->lock);
+	} else if (port == ACPI_PM1_STATUS && size == 2) {
 		memset(data, 0, size);
-	else if (port == ACPI_PM1_ENABLE && size == 2)
+	} else if (port == ACPI_PM1_ENABLE && size == 2) {
 		memcpy(data, &vm->pm1_enable, size);
-	else if (port == ACPI_PM1_CONTROL && size == 2)
+	} else if (port == ACPI_PM1_CONTROL && size == 2) {
 		memcpy(data, &(u16){ ACPI_PM1_SCI_EN }, size);
+	}
 }
 
 static void port_out(struct vm *vm, u16 port, const u8 *data, unsigned int size)
@@ -462,7 +488,9 @@ static void port_out(struct vm *vm, u16 port, const u8 *data, unsigned int size)
 	u16 control;
 
 	if (port >= SERIAL_PORT && port < SERIAL_PORT + SERIAL_NR_PORTS) {
+		pthread_mutex_lock(&vm->lock);
 		serial_out(vm, port - SERIAL_PORT, data[0]);
+		pthread_mutex_unlock(&vm->lock);
 	} else if (port == ACPI_PM1_ENABLE && size == 2) {
 		memcpy(&vm->pm1_enable, data, size);
 	} else if (port == ACPI_PM1_CONTROL && size == 2) {
@@ -532,23 +560,14 @@ static void run_failed(struct vcpu *vcpu, int err)
 static void *vcpu_thread(void *arg)
 {
 	struct vcpu *vcpu = arg;
-	struct vm *vm = vcpu->vm;
-	int err;
 
 	this_run = vcpu->run;
-
-	pthread_mutex_lock(&vm->lock);
-	while (!vm->stopping) {
-		pthread_mutex_unlock(&vm->lock);
-		err = ioctl(vcpu->fd, KVM_RUN, 0) ? errno : 0;
-		pthread_mutex_lock(&vm->lock);
-
-		if (!err)
+	while (!vcpu->vm->stopping) {
+		if (!ioctl(vcpu->fd, KVM_RUN, 0))
 			handle_exit(vcpu);
-		else if (err != EINTR && err != EAGAIN)
-			run_failed(vcpu, err);
+		else if (errno != EINTR && errno != EAGAIN)
+			run_failed(vcpu, errno);
 	}
-	pthread_mutex_unlock(&vm->lock);
 	return NULL;
 }
 
@@ -562,6 +581,18 @@ static void kick(int sig)
 
 	if (this_run)
 		this_run->immediate_exit = 1;
+}
+
+/*
+ * Nothing like immediate_exit is there for write(), for which a signal that comes
+ * just before it is lost: send another one for as long as it takes.
+ */
+static void end_vcpu(struct vcpu *vcpu)
+{
+	while (pthread_tryjoin_np(vcpu->thread, NULL)) {
+		pthread_kill(vcpu->thread, SIGUSR1);
+		usleep(1000);
+	}
 }
 
 /*
@@ -591,22 +622,24 @@ static void setup_terminal(void)
 }
 
 /* Returns false at the end of the input. */
-static bool read_terminal(struct vm *vm)
+static bool read_terminal(struct vm *vm, unsigned int room)
 {
 	u8 buf[sizeof(vm->serial.rx)];
-	bool more = true;
 	ssize_t n;
 
-	pthread_mutex_lock(&vm->lock);
-	n = read(STDIN_FILENO, buf, serial_rx_room(vm));
+	n = read(STDIN_FILENO, buf, room);
 	if (n <= 0)
-		more = n < 0 && errno == EINTR;
-	else if (isatty(STDIN_FILENO) && memchr(buf, ESCAPE_KEY, n))
+		return n < 0 && errno == EINTR;
+
+	if (isatty(STDIN_FILENO) && memchr(buf, ESCAPE_KEY, n)) {
 		vm_stop(vm, EXIT_ENDED);
-	else
-		serial_receive(vm, buf, n);
+		return true;
+	}
+
+	pthread_mutex_lock(&vm->lock);
+	serial_receive(vm, buf, n);
 	pthread_mutex_unlock(&vm->lock);
-	return more;
+	return true;
 }
 
 static void wait_for_end(struct vm *vm, int signal_fd)
@@ -616,7 +649,7 @@ static void wait_for_end(struct vm *vm, int signal_fd)
 		{ .fd = signal_fd, .events = POLLIN },
 		{ .fd = STDIN_FILENO, .events = POLLIN },
 	};
-	bool room;
+	unsigned int room;
 
 	while (!fds[0].revents && !fds[1].revents) {
 		/* With the receiver full, look again when the guest had some time. */
@@ -624,18 +657,18 @@ static void wait_for_end(struct vm *vm, int signal_fd)
 		room = serial_rx_room(vm);
 		pthread_mutex_unlock(&vm->lock);
 
-		if (poll(fds, room ? 3 : 2, room ? -1 : 20) < 0 && errno != EINTR)
-			call_failed("poll", NULL);
-		if (room && fds[2].revents && !read_terminal(vm))
+		if (poll(fds, room ? 3 : 2, room ? -1 : 20) < 0) {
+			if (errno != EINTR)
+				call_failed("poll", NULL);
+			continue;
+		}
+		if (room && fds[2].revents && !read_terminal(vm, room))
 			fds[2].fd = -1;
 	}
 
-	if (fds[1].revents) {
-		fprintf(stderr, PROG ": ended by a signal\n");
-		pthread_mutex_lock(&vm->lock);
+	/* The exit status says so; nobody may be reading stderr any more. */
+	if (fds[1].revents)
 		vm_stop(vm, EXIT_ENDED);
-		pthread_mutex_unlock(&vm->lock);
-	}
 }
 
 static void run_vm(struct vm *vm)
@@ -668,10 +701,8 @@ static void run_vm(struct vm *vm)
 
 	wait_for_end(vm, signal_fd);
 
-	for (i = 0; i < vm->nr_vcpus; i++) {
-		pthread_kill(vm->vcpus[i].thread, SIGUSR1);
-		pthread_join(vm->vcpus[i].thread, NULL);
-	}
+	for (i = 0; i < vm->nr_vcpus; i++)
+		end_vcpu(&vm->vcpus[i]);
 	close(signal_fd);
 	close(vm->stop_fd);
 }
@@ -684,7 +715,7 @@ static void print_help(void)
 {
 	puts("Usage: " PROG " --kernel BZIMAGE [OPTION]...\n"
 	     "Boot Linux in a VM whose only memory is a guest_memfd; its console is stdin and\n"
-	     "stdout, Ctrl-] ends it.\n"
+	     "stdout; Ctrl-] ends it if stdin is a terminal.\n"
 	     "\n"
 	     "  --kernel FILE      bzImage to boot\n"
 	     "  --initrd FILE      initramfs\n"
@@ -693,7 +724,8 @@ static void print_help(void)
 	     "                     a multiple of the page size\n"
 	     "  --page-size SIZE   4k, 2M or 1G (default: 4k); 2M and 1G pages are reserved from\n"
 	     "                     the pools in /sys/kernel/mm/hugepages\n"
-	     "  --no-direct-map    keep the guest's memory out of the kernel's direct map\n"
+	     "  --no-direct-map    keep the guest's memory out of the kernel's direct map;\n"
+	     "                     without kvm-clock and nested virtualization for the guest\n"
 	     "  --vcpus N          number of vCPUs (default: 1)\n"
 	     "  --stats FILE       append a line of figures to FILE at the start, when the\n"
 	     "                     memory is created, each time the guest raises OUT1 of its\n"
@@ -716,7 +748,7 @@ static u64 parse_memory(const char *arg)
 	val = strtoull(arg, &end, 10);
 	if (arg[0] < '0' || arg[0] > '9')
 		usage_error("--memory: '%s' is not a size: give one such as 512M", arg);
-	unit = *end ? strchr(units, *end & ~0x20) : NULL;
+	unit = *end ? strchr(units, toupper((unsigned char)*end)) : NULL;
 	if (!unit || end[1])
 		usage_error("--memory: '%s' needs one of the units K, M, G, T", arg);
 	shift = 10 * (unit - units + 1);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * A 16550A UART: the guest's console.  Transmission takes no time, so the
- * transmitter is always empty.  All of it runs under vm->lock.
+ * transmitter is always empty.  All of it runs under vm->lock, but for write().
  */
 #include <errno.h>
 #include <string.h>
@@ -49,33 +49,44 @@ unsigned int serial_rx_room(struct vm *vm)
 	return sizeof(s->rx) - (s->rx_head - s->rx_tail);
 }
 
-void serial_receive(struct vm *vm, const u8 *buf, unsigned int len)
+/* What there is no room for is lost, as in any UART. */
+static void receive(struct vm *vm, u8 val)
 {
 	struct serial *s = &vm->serial;
 
+	if (serial_rx_room(vm))
+		s->rx[s->rx_head++ % sizeof(s->rx)] = val;
+}
+
+void serial_receive(struct vm *vm, const u8 *buf, unsigned int len)
+{
 	while (len--)
-		s->rx[s->rx_head++ % sizeof(s->rx)] = *buf++;
+		receive(vm, *buf++);
 	update_irq(vm);
+}
+
+/*
+ * Without the lock: whoever has the other end of stdout may never read it, and
+ * must not keep the VMM from ending.
+ */
+static void write_console(struct vm *vm, u8 val)
+{
+	pthread_mutex_unlock(&vm->lock);
+	while (!vm->stopping && write(STDOUT_FILENO, &val, 1) != 1) {
+		if (errno == EINTR)
+			continue;
+		fprintf(stderr, "guest_memfd_vmm: console: %s\n", strerror(errno));
+		vm_stop(vm, EXIT_VMM);
+	}
+	pthread_mutex_lock(&vm->lock);
 }
 
 static void transmit(struct vm *vm, u8 val)
 {
-	struct serial *s = &vm->serial;
-	ssize_t n;
-
-	if (s->mcr & UART_MCR_LOOP) {
-		if (serial_rx_room(vm))
-			s->rx[s->rx_head++ % sizeof(s->rx)] = val;
-		return;
-	}
-
-	do {
-		n = write(STDOUT_FILENO, &val, 1);
-	} while (n < 0 && errno == EINTR);
-	if (n != 1 && !vm->stopping) {
-		fprintf(stderr, "guest_memfd_vmm: console: %s\n", strerror(errno));
-		vm_stop(vm, EXIT_VMM);
-	}
+	if (vm->serial.mcr & UART_MCR_LOOP)
+		receive(vm, val);
+	else
+		write_console(vm, val);
 }
 
 void serial_out(struct vm *vm, unsigned int reg, u8 val)

@@ -7,6 +7,7 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <sys/types.h>
@@ -66,9 +67,9 @@ struct vm {
 	u8 *mem;
 	struct vcpu *vcpus;
 
-	pthread_mutex_t lock;		/* devices, and the two below */
-	bool stopping;
-	enum exit_status status;
+	pthread_mutex_t lock;		/* the UART and the milestones */
+	atomic_bool stopping;
+	enum exit_status status;	/* of whoever set stopping */
 	int stop_fd;
 
 	struct serial serial;
@@ -83,6 +84,7 @@ __printf(1, 2) __noreturn
 void usage_error(const char *fmt, ...);
 __printf(2, 3) __noreturn
 void call_failed(const char *call, const char *hint, ...);
+void allocate_memory(const struct vm *vm, u64 offset, u64 size);
 void vm_stop(struct vm *vm, enum exit_status status);
 void vm_milestone(struct vm *vm);
 
