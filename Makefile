@@ -19,7 +19,7 @@ help:
 	@echo '  make clean      remove what was built, but not the source'
 	@echo '  make distclean  remove build/'
 	@echo ''
-	@echo 'DEBUG=1 (check) takes the kernel with all debugging on.  LINUX_SRC= names'
+	@echo 'DEBUG=1 (check, stress) takes the kernel with all debugging on.  LINUX_SRC= names'
 	@echo 'the source of the base, TREE= (refresh) another repository with the series,'
 	@echo 'FORCE=1 (tree, refresh) drops edits.  See also scripts/boot --help.'
 
@@ -42,11 +42,12 @@ demo: tree
 
 DURATION ?= 60
 stress: tree
-	@scripts/build kernel
+	@scripts/build kernel $(if $(DEBUG),--debug)
 	@scripts/build selftests
-	@scripts/boot --memory 6G --cpus 4 --nodes 2 --timeout $$(($(DURATION) + 300)) \
-		--append "hugepagesz=1G hugepages=3 hugepagesz=2M hugepages=64" \
-		build/selftests/guest_memfd_stress --duration $(DURATION) $(if $(SEED),--seed $(SEED))
+	@scripts/boot $(if $(DEBUG),--build build/kernel-debug) --memory 7G --cpus 4 --nodes 2 \
+		--timeout $$(($(DURATION) + 300)) --append "hugepagesz=1G hugepages=3 hugepagesz=2M hugepages=64" \
+		build/selftests/guest_memfd_stress --memory-failures 16 \
+		--duration $(DURATION) $(if $(SEED),--seed $(SEED))
 
 bench: tree
 	@scripts/build kernel

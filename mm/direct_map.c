@@ -10,6 +10,7 @@
 #include <linux/direct_map.h>
 #include <linux/export.h>
 #include <linux/highmem.h>
+#include <linux/hugetlb.h>
 #include <linux/mm.h>
 #include <linux/sched.h>
 #include <linux/set_memory.h>
@@ -64,7 +65,7 @@ EXPORT_SYMBOL_FOR_MODULES(folio_remove_direct_map, "kvm");
  *
  * A poisoned folio must not be touched, and isn't zeroed.  All but the pages with
  * an error are put back nevertheless: memory failure may dissolve a HugeTLB folio
- * and free its healthy pages.
+ * and free its healthy pages.  It doesn't if it lost track of which ones these are.
  *
  * Context: May sleep, as zeroing takes a while, and as architectures may serialize
  * changes of the direct map.
@@ -72,6 +73,10 @@ EXPORT_SYMBOL_FOR_MODULES(folio_remove_direct_map, "kvm");
 void folio_restore_direct_map(struct folio *folio)
 {
 	long i;
+
+	/* For all that's known, every page has an error. */
+	if (folio_test_hugetlb(folio) && folio_test_hugetlb_raw_hwp_unreliable(folio))
+		return;
 
 	if (WARN_ON_ONCE(set_direct_map_valid_noflush(folio_page(folio, 0),
 						      folio_nr_pages(folio),

@@ -20,6 +20,7 @@
  */
 #include <linux/delay.h>
 #include <linux/direct_map.h>
+#include <linux/error-injection.h>
 #include <linux/hugetlb.h>
 #include <linux/hugetlb_cgroup.h>
 #include <linux/hugetlb_loan.h>
@@ -123,10 +124,10 @@ EXPORT_SYMBOL_FOR_MODULES(hugetlb_loan_close, "kvm");
 /* How often to look, once a millisecond, for a folio to come back. */
 #define HUGETLB_LOAN_RETRIES	100
 
-static struct folio *hugetlb_loan_alloc_folio(struct hugetlb_loan *loan,
-					      struct address_space *mapping,
-					      pgoff_t index,
-					      struct mempolicy *policy)
+static noinline
+struct folio *hugetlb_loan_alloc_folio(struct hugetlb_loan *loan,
+				       struct address_space *mapping,
+				       pgoff_t index, struct mempolicy *policy)
 {
 	struct hstate *h = loan->hstate;
 	struct mempolicy_interpreted interpreted;
@@ -172,7 +173,7 @@ static struct folio *hugetlb_loan_alloc_folio(struct hugetlb_loan *loan,
 	if (IS_ERR(folio)) {
 		/* The page was reserved, and so it is again. */
 		WARN_ON_ONCE(hugepage_subpool_put_pages(loan->subpool, 1));
-		return ERR_PTR(-ENOMEM);
+		return ERR_PTR(-ENOSPC);
 	}
 
 	/*
@@ -203,6 +204,7 @@ static struct folio *hugetlb_loan_alloc_folio(struct hugetlb_loan *loan,
 	folio_set_hugetlb_on_loan(folio);
 	return folio;
 }
+ALLOW_ERROR_INJECTION(hugetlb_loan_alloc_folio, ERRNO);
 
 /**
  * hugetlb_loan_get_folio - Get the huge folio at an index of a file
@@ -251,31 +253,46 @@ struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
 		 */
 		mutex_lock(&hugetlb_fault_mutex_table[hash]);
 		folio = filemap_get_folio(mapping, index);
-		if (IS_ERR(folio)) {
-			folio = hugetlb_loan_alloc_folio(loan, mapping, index,
-							 policy);
+		if (!IS_ERR(folio)) {
 			mutex_unlock(&hugetlb_fault_mutex_table[hash]);
-			if (folio != ERR_PTR(-EAGAIN))
-				return folio;
-
-			/*
-			 * A folio that was removed from the file is still in use.
-			 * Most likely by somebody who was about to fault it in,
-			 * and gives it up soon.  If it's pinned, or if memory
-			 * failure keeps it, another page of the pool may take
-			 * its place.
-			 */
-			if (fatal_signal_pending(current))
-				return ERR_PTR(-EINTR);
-			if (retries-- > 0)
-				fsleep(1000);
-			else if (hugepage_subpool_grow(loan->subpool,
-						       loan->reservation_cgroup))
-				return ERR_PTR(-ENOMEM);
+			folio_put(folio);
 			continue;
 		}
+
+		/*
+		 * -EAGAIN: a folio that was removed from the file is still in
+		 * use.  Most likely by somebody who was about to fault it in, and
+		 * gives it up soon.  If it's pinned, or if memory failure keeps it,
+		 * another page of the pool may take its place.  That is for whoever
+		 * holds the mutex to find out: one replacement is enough for all
+		 * who wait for this huge page.
+		 */
+		do {
+			folio = hugetlb_loan_alloc_folio(loan, mapping, index,
+							 policy);
+		} while (folio == ERR_PTR(-EAGAIN) && retries <= 0 &&
+			 !hugepage_subpool_grow(loan->subpool,
+						loan->reservation_cgroup));
 		mutex_unlock(&hugetlb_fault_mutex_table[hash]);
-		folio_put(folio);
+
+		/*
+		 * -ENOSPC: the pool doesn't have the page.  free_huge_folio()
+		 * gives it back to the subpool, and only then to the pool and its
+		 * cgroup, which doesn't take long.  But there is no point in
+		 * waiting for somebody to raise a limit.
+		 */
+		if (folio == ERR_PTR(-ENOSPC))
+			retries -= HUGETLB_LOAN_RETRIES / 10;
+		else if (folio == ERR_PTR(-EAGAIN))
+			retries--;
+		else
+			return folio;
+
+		if (fatal_signal_pending(current))
+			return ERR_PTR(-EINTR);
+		if (retries < 0)
+			return ERR_PTR(-ENOMEM);
+		fsleep(1000);
 	}
 }
 EXPORT_SYMBOL_FOR_MODULES(hugetlb_loan_get_folio, "kvm");

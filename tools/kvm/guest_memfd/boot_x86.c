@@ -76,18 +76,24 @@ static int open_image(const char *path, u64 *size)
 	return fd;
 }
 
+/*
+ * By way of a buffer: some file systems read into memory by get_user_pages(), which
+ * refuses memory that is out of the direct map.
+ */
 static void read_image(int fd, const char *path, void *buf, u64 size, u64 offset)
 {
+	static u8 chunk[SZ_64K];
 	ssize_t n;
 
 	while (size) {
-		n = pread(fd, buf, size, offset);
+		n = pread(fd, chunk, size < sizeof(chunk) ? size : sizeof(chunk), offset);
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n < 0)
 			call_failed("pread", "%s", path);
 		if (!n)
 			usage_error("%s: the file ends too early", path);
+		memcpy(buf, chunk, n);
 		buf = (u8 *)buf + n;
 		offset += n;
 		size -= n;

@@ -32,6 +32,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/signalfd.h>
+#include <sys/stat.h>
 #include <termios.h>
 #include <time.h>
 #include <unistd.h>
@@ -629,7 +630,7 @@ static bool read_terminal(struct vm *vm, unsigned int room)
 
 	n = read(STDIN_FILENO, buf, room);
 	if (n <= 0)
-		return n < 0 && errno == EINTR;
+		return n < 0 && (errno == EINTR || errno == EAGAIN);
 
 	if (isatty(STDIN_FILENO) && memchr(buf, ESCAPE_KEY, n)) {
 		vm_stop(vm, EXIT_ENDED);
@@ -649,7 +650,12 @@ static void wait_for_end(struct vm *vm, int signal_fd)
 		{ .fd = signal_fd, .events = POLLIN },
 		{ .fd = STDIN_FILENO, .events = POLLIN },
 	};
+	pid_t foreground = tcgetpgrp(STDIN_FILENO);
 	unsigned int room;
+
+	/* A read from somebody else's terminal would stop all of the VMM. */
+	if (foreground > 0 && foreground != getpgrp())
+		fds[2].fd = -1;
 
 	while (!fds[0].revents && !fds[1].revents) {
 		/* With the receiver full, look again when the guest had some time. */
@@ -853,12 +859,16 @@ int main(int argc, char **argv)
 		.start_ns	= now_ns(),
 	};
 	struct boot_image *image;
+	struct stat st;
 
 	parse_args(&vm, argc, argv);
 	if (vm.stats_path) {
 		vm.stats = fopen(vm.stats_path, "ae");
 		if (!vm.stats)
 			usage_error("--stats: %s: %s", vm.stats_path, strerror(errno));
+		/* It's written with vm->lock held, which must not take forever. */
+		if (fstat(fileno(vm.stats), &st) || !S_ISREG(st.st_mode))
+			usage_error("--stats: %s: not a regular file", vm.stats_path);
 	}
 	image = boot_open(&vm);
 

@@ -4,6 +4,7 @@
  * transmitter is always empty.  All of it runs under vm->lock, but for write().
  */
 #include <errno.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -71,10 +72,16 @@ void serial_receive(struct vm *vm, const u8 *buf, unsigned int len)
  */
 static void write_console(struct vm *vm, u8 val)
 {
+	struct pollfd console = { .fd = STDOUT_FILENO, .events = POLLOUT };
+
 	pthread_mutex_unlock(&vm->lock);
 	while (!vm->stopping && write(STDOUT_FILENO, &val, 1) != 1) {
 		if (errno == EINTR)
 			continue;
+		if (errno == EAGAIN) {
+			poll(&console, 1, 20);
+			continue;
+		}
 		fprintf(stderr, "guest_memfd_vmm: console: %s\n", strerror(errno));
 		vm_stop(vm, EXIT_VMM);
 	}

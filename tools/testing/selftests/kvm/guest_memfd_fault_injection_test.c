@@ -6,6 +6,7 @@
  * no N-th allocation any more.  An operation that failed has changed nothing, and
  * one that succeeded nevertheless can be undone.
  */
+#include <ctype.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdio.h>
@@ -27,6 +28,8 @@
 #define DEBUGFS		"/sys/kernel/debug/"
 #define FAIL_NTH	"/proc/thread-self/fail-nth"
 #define FAIL_FUNCTION	DEBUGFS "fail_function/"
+#define INJECTABLE	DEBUGFS "error_injection/list"
+#define MAKE_IT_FAIL	"/proc/self/make-it-fail"
 #define RCU_EXPEDITED	"/sys/kernel/rcu_expedited"
 
 #define PUNCH_HOLE	(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE)
@@ -38,12 +41,17 @@
 /* Allocations of the kernel's debugging facilities count, too. */
 #define MAX_ALLOCATIONS	2000
 
+/* There is a page among as many that is the first one of its direct map entry. */
+#define MAX_PAGES_TO_SPLIT	4096
+#define NR_SPLITS		3
+
 FIXTURE(fault_injection) {
 	struct gmem_counters counters_without_vm;
 	struct gmem_counters counters;
 	struct kvm_vcpu *vcpu;
 	struct kvm_vm *vm;
 	size_t page_size;
+	bool no_direct_map;
 	size_t size;
 	bool shared;
 	void *mem;
@@ -86,6 +94,22 @@ FIXTURE_VARIANT_ADD(fault_injection, shared_1G) {
 	.flags = SHARED_MEMORY,
 };
 
+/* First those that split larger entries, nothing joins them again. */
+FIXTURE_VARIANT_ADD(fault_injection, shared_1G_no_direct_map) {
+	.page_size = SZ_1G,
+	.flags = SHARED_MEMORY | GUEST_MEMFD_FLAG_NO_DIRECT_MAP,
+};
+
+FIXTURE_VARIANT_ADD(fault_injection, shared_2M_no_direct_map) {
+	.page_size = SZ_2M,
+	.flags = SHARED_MEMORY | GUEST_MEMFD_FLAG_NO_DIRECT_MAP,
+};
+
+FIXTURE_VARIANT_ADD(fault_injection, shared_4K_no_direct_map) {
+	.page_size = SZ_4K,
+	.flags = SHARED_MEMORY | GUEST_MEMFD_FLAG_NO_DIRECT_MAP,
+};
+
 #define context _test_data_fault_injection
 
 /* What an operation finds, from a mere VM to everything */
@@ -97,11 +121,19 @@ enum stage {
 	POPULATED,
 };
 
+/* Whether there are allocations, and whether all of them are tried again */
+enum need {
+	MAY_ALLOCATE,
+	ALLOCATES,
+	FAILS,
+};
+
 /* Each is about the second page: the first one of a file needs no page cache node. */
 struct operation {
 	enum stage stage;
 	int (*run)(struct context *self);
-	bool allocates;
+	enum need need;
+	bool populates;
 };
 
 static sigjmp_buf sigbus_jmpbuf;
@@ -239,6 +271,7 @@ FIXTURE_SETUP(fault_injection)
 	self->size = 2 * self->page_size;
 	self->shared = variant->flags & GUEST_MEMFD_FLAG_MMAP;
 	self->flags = variant->flags;
+	self->no_direct_map = variant->flags & GUEST_MEMFD_FLAG_NO_DIRECT_MAP;
 
 	if (access(FAIL_NTH, F_OK))
 		missing = "no " FAIL_NTH ", see CONFIG_FAULT_INJECTION";
@@ -250,6 +283,8 @@ FIXTURE_SETUP(fault_injection)
 		missing = "no KVM_X86_SW_PROTECTED_VM";
 	else if (!kvm_has_cap(KVM_CAP_PRE_FAULT_MEMORY))
 		missing = "no KVM_CAP_PRE_FAULT_MEMORY";
+	else if (self->no_direct_map && no_direct_map_missing())
+		missing = no_direct_map_missing();
 	else if (self->page_size > SZ_4K)
 		missing = hugetlb_missing(self->page_size, 2);
 	if (missing)
@@ -307,6 +342,42 @@ static void redo(struct context *self, const struct operation *operation)
 	TEST_ASSERT(!r, "Failed without a reason after an injected failure: errno %d", -r);
 }
 
+/* The second page is in use, whatever has failed before. */
+static void check_direct_map(struct context *self)
+{
+	u64 *word;
+
+	/* It takes a mapping to tell where it is, and one that isn't by a PUD. */
+	if (!self->shared || self->page_size == SZ_1G)
+		return;
+	if (!self->mem)
+		TEST_ASSERT_EQ(run_mmap(self), 0);
+
+	word = self->mem + self->page_size;
+	WRITE_ONCE(*word, 1);
+	TEST_ASSERT_EQ(is_in_direct_map(word), !self->no_direct_map);
+}
+
+/* An operation that failed has changed nothing. */
+static void check_failed(struct context *self, const struct operation *operation,
+			 const struct gmem_counters *prepared)
+{
+	/* But for a page that couldn't be taken out of the direct map, and stays. */
+	if (self->no_direct_map && operation->populates)
+		TEST_ASSERT_EQ(run_punch(self), 0);
+	gmem_counters_wait(prepared);
+}
+
+/* What has leaked must not hide when everything else is gone. */
+static void check_succeeded(struct context *self, const struct operation *operation)
+{
+	if (operation->populates)
+		check_direct_map(self);
+	gmem_drain_batches();
+	clean_up(self);
+	gmem_counters_wait(&self->counters);
+}
+
 static void fail_each_allocation(struct context *self, const struct operation *operation)
 {
 	int n, r, nr_failed = 0, fd = open_path_or_exit(FAIL_NTH, O_RDWR);
@@ -329,16 +400,16 @@ static void fail_each_allocation(struct context *self, const struct operation *o
 			    injected ? "failed" : "did not fail", -r);
 		if (r) {
 			nr_failed++;
-			gmem_counters_wait(&prepared);
+			check_failed(self, operation, &prepared);
 			redo(self, operation);
 		}
-		clean_up(self);
-		gmem_counters_wait(&self->counters);
+		check_succeeded(self, operation);
 	}
 	kvm_close(fd);
 
 	ksft_print_msg("%d injected, %d of them made the operation fail\n", n - 2, nr_failed);
-	TEST_ASSERT(!operation->allocates || nr_failed, "Nothing has ever failed");
+	TEST_ASSERT(operation->need < ALLOCATES || n > 2, "Nothing was injected");
+	TEST_ASSERT(operation->need < FAILS || nr_failed, "Nothing has ever failed");
 }
 
 static void fail_once(struct context *self, const struct operation *operation)
@@ -354,24 +425,90 @@ static void fail_once(struct context *self, const struct operation *operation)
 	TEST_ASSERT_EQ(read_long(FAIL_FUNCTION "times"), 0);
 	set_debugfs("fail_function/times", "0");
 
-	if (r) {
+	/* The kernel tries again when small pages are missing. */
+	if (operation->run == run_user_fault && self->page_size == SZ_4K) {
+		TEST_ASSERT_EQ(r, 0);
+	} else {
 		TEST_ASSERT_EQ(r, -ENOMEM);
-		gmem_counters_wait(&prepared);
+		check_failed(self, operation, &prepared);
 		redo(self, operation);
 	}
-	clean_up(self);
-	gmem_counters_wait(&self->counters);
+	check_succeeded(self, operation);
 }
 
-static const struct operation op_create = { VM, run_create, .allocates = true };
-static const struct operation op_bind = { CREATED, run_bind, .allocates = true };
+static const struct operation op_create = { VM, run_create, FAILS };
+static const struct operation op_bind = { CREATED, run_bind, FAILS };
 static const struct operation op_unbind = { POPULATED, run_unbind };
-static const struct operation op_guest_fault = { BOUND, run_guest_fault, .allocates = true };
-static const struct operation op_allocate = { CREATED, run_allocate };
+static const struct operation op_guest_fault = { BOUND, run_guest_fault, FAILS, true };
+static const struct operation op_allocate = { CREATED, run_allocate, ALLOCATES, true };
 static const struct operation op_punch = { POPULATED, run_punch };
-static const struct operation op_mmap = { CREATED, run_mmap, .allocates = true };
-static const struct operation op_mbind = { MAPPED, run_mbind, .allocates = true };
-static const struct operation op_user_fault = { MAPPED, run_user_fault };
+static const struct operation op_mmap = { CREATED, run_mmap, FAILS };
+static const struct operation op_mbind = { MAPPED, run_mbind, FAILS };
+static const struct operation op_user_fault = { MAPPED, run_user_fault, ALLOCATES, true };
+
+static void set_make_it_fail(int fd, bool fail)
+{
+	TEST_ASSERT_EQ(pwrite(fd, fail ? "1" : "0", 1, 0), 1);
+}
+
+/*
+ * Only the first page that leaves a large entry of the direct map makes for a split,
+ * and it's up to the page allocator which page that is.  If the split fails, the page
+ * stays in the file and in the direct map, where it is zeroed once more.
+ */
+TEST_F_TIMEOUT(fault_injection, direct_map_split, HUGETLB_TEST_TIMEOUT)
+{
+	int r, nr_failed = 0, fd = open_path_or_exit(MAKE_IT_FAIL, O_RDWR);
+	size_t page_size = self->page_size;
+	struct hugetlb_pool pool;
+	u64 offset;
+
+	if (!self->no_direct_map)
+		SKIP(return, "memory stays in the direct map");
+	if (page_size == SZ_1G)
+		SKIP(return, "the largest entry isn't split");
+
+	if (page_size == SZ_4K) {
+		self->size = MAX_PAGES_TO_SPLIT * page_size;
+	} else {
+		pool = hugetlb_pool_read(page_size);
+		self->size = (pool.free - pool.reserved) * page_size;
+	}
+	prepare(self, MAPPED);
+
+	set_debugfs("fail_page_alloc/task-filter", "Y");
+	set_debugfs("fail_page_alloc/interval", "0");
+	set_debugfs("fail_page_alloc/probability", "100");
+	for (offset = 0; offset < self->size && nr_failed < NR_SPLITS; offset += page_size) {
+		/* Not the page itself, but the next one that is allocated */
+		set_debugfs("fail_page_alloc/space", page_size == SZ_4K ? "2" : "0");
+		set_debugfs("fail_page_alloc/times", "1");
+
+		set_make_it_fail(fd, true);
+		r = fallocate(self->fd, ALLOCATE, offset, page_size) ? -errno : 0;
+		set_make_it_fail(fd, false);
+		if (!r)
+			continue;
+
+		TEST_ASSERT_EQ(r, -ENOMEM);
+		nr_failed++;
+		TEST_ASSERT(!fallocate(self->fd, ALLOCATE, offset, page_size),
+			    "Can't allocate after a failed split, errno %d", errno);
+		WRITE_ONCE(*(u64 *)(self->mem + offset), 1);
+		TEST_ASSERT(!is_in_direct_map(self->mem + offset), "In the direct map");
+	}
+	set_debugfs("fail_page_alloc/probability", "0");
+	set_debugfs("fail_page_alloc/times", "-1");
+	set_debugfs("fail_page_alloc/task-filter", "N");
+	kvm_close(fd);
+
+	clean_up(self);
+	gmem_counters_wait(&self->counters);
+
+	if (!nr_failed)
+		SKIP(return, "there was nothing left to be split");
+	ksft_print_msg("%d splits failed\n", nr_failed);
+}
 
 TEST_F_TIMEOUT(fault_injection, create, HUGETLB_TEST_TIMEOUT)
 {
@@ -427,25 +564,64 @@ TEST_F_TIMEOUT(fault_injection, user_fault, HUGETLB_TEST_TIMEOUT)
 	fail_each_allocation(self, &op_user_fault);
 }
 
-/* The page is there, but can't be added to the file. */
-TEST_F_TIMEOUT(fault_injection, page_cache, HUGETLB_TEST_TIMEOUT)
+static bool is_injectable(const char *function)
 {
-	if (access(FAIL_FUNCTION, F_OK))
-		SKIP(return, "no " FAIL_FUNCTION ", see CONFIG_FAIL_FUNCTION");
+	size_t len = strlen(function);
+	bool found = false;
+	char line[256];
+	FILE *file;
 
+	file = fopen(INJECTABLE, "r");
+	if (!file)
+		return false;
+
+	while (!found && fgets(line, sizeof(line), file))
+		found = !strncmp(line, function, len) && isspace(line[len]);
+	fclose(file);
+	return found;
+}
+
+static void inject_into(struct context *self, const char *function)
+{
+	char path[128];
+
+	snprintf(path, sizeof(path), "fail_function/%s/retval", function);
 	set_debugfs("fail_function/times", "0");
 	set_debugfs("fail_function/verbose", "0");
 	set_debugfs("fail_function/interval", "0");
 	set_debugfs("fail_function/probability", "100");
-	set_debugfs("fail_function/inject", "__filemap_add_folio");
-	set_debugfs("fail_function/__filemap_add_folio/retval", "0xfffffffffffffff4");
+	set_debugfs("fail_function/inject", function);
+	set_debugfs(path, "0xfffffffffffffff4");
 
 	fail_once(self, &op_allocate);
 	fail_once(self, &op_guest_fault);
 	if (self->shared)
 		fail_once(self, &op_user_fault);
 
-	set_debugfs("fail_function/inject", "!__filemap_add_folio");
+	snprintf(path, sizeof(path), "!%s", function);
+	set_debugfs("fail_function/inject", path);
+}
+
+/* The page is there, but can't be added to the file. */
+TEST_F_TIMEOUT(fault_injection, page_cache, HUGETLB_TEST_TIMEOUT)
+{
+	if (access(FAIL_FUNCTION, F_OK))
+		SKIP(return, "no " FAIL_FUNCTION ", see CONFIG_FAIL_FUNCTION");
+
+	inject_into(self, "__filemap_add_folio");
+}
+
+/* The page isn't there, whatever was reserved. */
+TEST_F_TIMEOUT(fault_injection, pool, HUGETLB_TEST_TIMEOUT)
+{
+	if (self->page_size == SZ_4K)
+		SKIP(return, "not about huge pages");
+	if (access(FAIL_FUNCTION, F_OK))
+		SKIP(return, "no " FAIL_FUNCTION ", see CONFIG_FAIL_FUNCTION");
+	if (!is_injectable("hugetlb_loan_alloc_folio"))
+		SKIP(return, "hugetlb_loan_alloc_folio() is not in " INJECTABLE);
+
+	inject_into(self, "hugetlb_loan_alloc_folio");
 }
 
 /* The pool has a page, but the cgroup can't take it. */
@@ -472,10 +648,9 @@ TEST_F_TIMEOUT(fault_injection, cgroup, HUGETLB_TEST_TIMEOUT)
 		TEST_ASSERT_EQ(operations[i]->run(self), -ENOMEM);
 		TEST_ASSERT(!cg_write(gmem_cgroup, limit, max), "Can't set %s", limit);
 
-		gmem_counters_wait(&prepared);
+		check_failed(self, operations[i], &prepared);
 		redo(self, operations[i]);
-		clean_up(self);
-		gmem_counters_wait(&self->counters);
+		check_succeeded(self, operations[i]);
 	}
 }
 

@@ -17,6 +17,7 @@
 #include <linux/userfaultfd.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/resource.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -174,6 +175,32 @@ static long smaps_kb(const void *mem, const char *field)
 	return value;
 }
 
+/* What all mappings of the process have of files' pages, without a walk */
+static long rss_file_kb(void)
+{
+	long value = -1;
+	char line[256];
+	FILE *file;
+
+	file = fopen("/proc/self/status", "r");
+	TEST_ASSERT(file, "Can't open /proc/self/status");
+	while (fgets(line, sizeof(line), file))
+		if (sscanf(line, "RssFile: %ld kB", &value) == 1)
+			break;
+	fclose(file);
+	TEST_ASSERT(value >= 0, "No RssFile in /proc/self/status");
+	return value;
+}
+
+/* Others are mapped by the way, e.g. by reading files, but few. */
+#define ASSERT_RSS_FILE(_before, _size)						\
+do {										\
+	long __rss = rss_file_kb() - (_before), __want = (_size) / SZ_1K;	\
+										\
+	TEST_ASSERT(labs(__rss - __want) < SZ_2M / SZ_1K / 2,			\
+		    "RssFile: wanted %ld kB more, got %ld", __want, __rss);	\
+} while (0)
+
 TEST_F_TIMEOUT(map, leaves, HUGETLB_TEST_TIMEOUT)
 {
 	const size_t page_size = self->page_size;
@@ -223,13 +250,14 @@ TEST_F_TIMEOUT(map, introspection, HUGETLB_TEST_TIMEOUT)
 		.return_mask = PAGE_IS_PRESENT | PAGE_IS_HUGE,
 	};
 	unsigned char *vec = malloc(self->size / SZ_4K);
-	long rss;
+	long rss_file = rss_file_kb();
 	u64 pfn;
 	int fd;
 
 	write_every_4k(self->mem, page_size, PATTERN);
-	rss = smaps_kb(self->mem, "Rss");
-	TEST_ASSERT(!is_pmd || rss == page_size / SZ_1K, "Rss is %ld kB", rss);
+	ASSERT_RSS_FILE(rss_file, page_size);
+	TEST_ASSERT_EQ(smaps_kb(self->mem, "Rss"), is_pmd ? page_size / SZ_1K : 0);
+	ASSERT_RSS_FILE(rss_file, is_pmd ? page_size : 0);
 
 	WRITE_ONCE(*(u64 *)self->mem, PATTERN);
 	TEST_ASSERT(!mincore(self->mem, self->size, vec), "mincore() failed");
@@ -238,18 +266,21 @@ TEST_F_TIMEOUT(map, introspection, HUGETLB_TEST_TIMEOUT)
 
 	WRITE_ONCE(*(u64 *)self->mem, PATTERN);
 	fd = open_path_or_exit("/proc/self/pagemap", O_RDONLY);
-	TEST_ASSERT(ioctl(fd, PAGEMAP_SCAN, &scan) >= 0, "PAGEMAP_SCAN failed");
+	TEST_ASSERT_EQ(ioctl(fd, PAGEMAP_SCAN, &scan), is_pmd);
 	TEST_ASSERT(!is_pmd || (region.start == (u64)self->mem &&
 				region.end == (u64)self->mem + page_size),
 		    "Huge page at %p, PAGEMAP_SCAN found it at 0x%llx to 0x%llx",
 		    self->mem, region.start, region.end);
+	ASSERT_RSS_FILE(rss_file, is_pmd ? page_size : 0);
 
 	WRITE_ONCE(*(u64 *)self->mem, PATTERN);
+	ASSERT_RSS_FILE(rss_file, page_size);
 	pfn = mem_to_pfn(self->mem + page_size / 2);
-	TEST_ASSERT(!is_pmd || pfn, "Not in pagemap");
-	TEST_ASSERT(!pfn || pfn % (page_size / SZ_4K) == page_size / SZ_4K / 2,
+	TEST_ASSERT(is_pmd ? pfn % (page_size / SZ_4K) == page_size / SZ_4K / 2 : !pfn,
 		    "The middle of the huge page has pfn 0x%lx", (unsigned long)pfn);
+	ASSERT_RSS_FILE(rss_file, is_pmd ? page_size : 0);
 
+	/* However it went, the page was not lost, and is mapped by one entry again. */
 	kvm_madvise(self->mem, self->size, MADV_DONTNEED);
 	ASSERT_ONE_FAULT(check_every_4k(self->mem, page_size, PATTERN));
 	ASSERT_ALLOCATED(1);
@@ -536,6 +567,9 @@ TEST_F_TIMEOUT(map, mprotect, HUGETLB_TEST_TIMEOUT)
 {
 	const size_t page_size = self->page_size, size = self->size;
 	char *mem = self->mem;
+	int status;
+	pid_t pid;
+	u64 val;
 
 	write_every_4k(mem, page_size, PATTERN);
 
@@ -555,7 +589,21 @@ TEST_F_TIMEOUT(map, mprotect, HUGETLB_TEST_TIMEOUT)
 	EXPECT_SIGNAL(SIGSEGV, READ_ONCE(mem[page_size]));
 	ASSERT_ALLOCATED(1);
 
+	/* A debugger is let through. */
+	pid = fork();
+	if (!pid) {
+		ptrace(PTRACE_TRACEME);
+		raise(SIGSTOP);
+	}
+	TEST_ASSERT(waitpid(pid, &status, 0) == pid && WIFSTOPPED(status), "No child");
+	errno = 0;
+	val = ptrace(PTRACE_PEEKDATA, pid, mem, NULL);
+	TEST_ASSERT(!errno, "PTRACE_PEEKDATA failed, errno %d", errno);
+	kill(pid, SIGKILL);
+	waitpid(pid, &status, 0);
+
 	TEST_ASSERT(!mprotect(mem, size, PROT_READ), "mprotect() failed");
+	TEST_ASSERT_EQ(val, READ_ONCE(*(u64 *)mem));
 	check_every_4k(mem, page_size, PATTERN);
 	EXPECT_SIGNAL(SIGSEGV, WRITE_ONCE(mem[4096], 0));
 
@@ -574,6 +622,32 @@ TEST_F_TIMEOUT(map, mprotect, HUGETLB_TEST_TIMEOUT)
 	write_every_4k(mem, page_size, PATTERN);
 	check_every_4k(mem, page_size, PATTERN);
 	ASSERT_ALLOCATED(1);
+}
+
+/* Memory that isn't mapped at the moment is in the file all the same. */
+TEST_F_TIMEOUT(map, coredump, HUGETLB_TEST_TIMEOUT)
+{
+	char dir[] = "/tmp/guest_memfd.XXXXXX", core[64];
+	u64 *page = (u64 *)(self->mem + SZ_4K);
+	int i;
+
+	if (self->page_size > SZ_2M)
+		SKIP(return, "the same for all files");
+	if (access(CORE_PATTERN, W_OK))
+		SKIP(return, "no " CORE_PATTERN ", see CONFIG_COREDUMP");
+
+	for (i = 0; i < SZ_4K / sizeof(*page); i++)
+		page[i] = PATTERN;
+	kvm_madvise(self->mem, self->size, MADV_DONTNEED);
+
+	/* Shared mappings of files, too */
+	TEST_ASSERT(!write_long("/proc/self/coredump_filter", 0x3f), "No coredump_filter");
+	TEST_ASSERT(mkdtemp(dir), "mkdtemp() failed");
+	snprintf(core, sizeof(core), "%s/core", dir);
+	dump_core(core);
+	TEST_ASSERT(file_has_page(core, PATTERN), "The core dump lacks the file's memory");
+	unlink(core);
+	rmdir(dir);
 }
 
 TEST_F_TIMEOUT(map, madvise, HUGETLB_TEST_TIMEOUT)

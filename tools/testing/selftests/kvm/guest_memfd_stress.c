@@ -8,8 +8,8 @@
  * a function of the seed, the round, the process and the thread.  What comes of
  * it, and what the errno is if nothing comes of it, depends on the others.
  *
- * Memory is tagged by the file that it belongs to.  It never contains anything
- * but zeroes, the tag of its file, and what guests write.
+ * Memory is tagged by the file that it belongs to, by user space and by guests.  It
+ * never contains anything but zeroes and the tag of its file.
  */
 #include <getopt.h>
 #include <setjmp.h>
@@ -58,7 +58,6 @@
 #define MEMSLOT_GPA(_slot)	(SZ_4G + (_slot) * MEMSLOT_SIZE)
 
 #define TAG_MAGIC		0x6d67ull
-#define GUEST_TAG		(TAG_MAGIC << 48 | 0xffffffffffffull)
 
 #define IDLE			1
 #define MAX_ERRNOS		6
@@ -68,6 +67,9 @@ struct vm {
 	/* Prefaults loop for as long as they hit a root of a memslot that's gone. */
 	pthread_mutex_t prefault_lock;
 	pthread_mutex_t run_lock;
+	/* Memslots get no other file while the guest writes the tag of this one. */
+	pthread_rwlock_t bind_locks[NR_MEMSLOTS];
+	u64 tags[NR_MEMSLOTS];
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpu;
 	struct kvm_regs regs;
@@ -142,6 +144,7 @@ static pthread_mutex_t receive_lock = PTHREAD_MUTEX_INITIALIZER;
 static int send_socket, receive_socket;
 static size_t page_sizes[3] = { SZ_4K };
 static int nr_page_sizes = 1;
+static bool has_no_direct_map;
 static int nr_nodes;
 static struct timespec start;
 
@@ -164,7 +167,7 @@ static bool is_time_up(void)
 
 static bool is_valid(u64 value, u64 tag)
 {
-	return !value || value == GUEST_TAG || value == tag;
+	return !value || value == tag;
 }
 
 /* Address in RDI, value in RSI.  If that's 0, read to RAX instead. */
@@ -197,6 +200,7 @@ static void create_vm(int index)
 	for (slot = 0; index == PROTECTED_VM && slot < NR_MEMSLOTS; slot++)
 		vm_mem_set_private(vm->vm, MEMSLOT_GPA(slot), PRIVATE_SIZE);
 	vcpu_regs_get(vm->vcpu, &vm->regs);
+	memset(vm->tags, 0, sizeof(vm->tags));
 	pthread_mutex_unlock(&create_vm_lock);
 }
 
@@ -272,6 +276,8 @@ static int run_create(struct thread *t)
 		flags |= GUEST_MEMFD_FLAG_HUGETLB | hugetlb_size_flag(file.page_size);
 	if (!file.vm && t->c / 4 % 16)
 		flags |= t->c / 4 % 16 == 1 ? GUEST_MEMFD_FLAG_MMAP : SHARED_MEMORY;
+	if (has_no_direct_map && t->b / 20 % 4 == 0)
+		flags |= GUEST_MEMFD_FLAG_NO_DIRECT_MAP;
 
 	pthread_rwlock_rdlock(&vms[file.vm].lock);
 	file.fd = __vm_create_guest_memfd(vms[file.vm].vm, file.size, flags);
@@ -300,6 +306,7 @@ static int set_memslot(struct vm *vm, u32 slot, u64 size, int fd)
 
 static int run_bind(struct thread *t)
 {
+	u32 slot = t->b % NR_MEMSLOTS;
 	struct file file;
 	struct vm *vm;
 	int r;
@@ -309,7 +316,11 @@ static int run_bind(struct thread *t)
 
 	vm = &vms[file.vm];
 	pthread_rwlock_rdlock(&vm->lock);
-	r = set_memslot(vm, t->b % NR_MEMSLOTS, file.size, file.fd);
+	pthread_rwlock_wrlock(&vm->bind_locks[slot]);
+	r = set_memslot(vm, slot, file.size, file.fd);
+	if (!r)
+		vm->tags[slot] = file.tag;
+	pthread_rwlock_unlock(&vm->bind_locks[slot]);
 	pthread_rwlock_unlock(&vm->lock);
 	kvm_close(file.fd);
 	return r;
@@ -378,15 +389,19 @@ static int run_pre_fault(struct thread *t)
 static int run_guest(struct thread *t)
 {
 	struct vm *vm = &vms[t->a % NR_VMS];
+	u32 slot = t->b % NR_MEMSLOTS;
 	struct kvm_regs regs;
+	u64 tag;
 	int r;
 
 	pthread_rwlock_rdlock(&vm->lock);
+	pthread_rwlock_rdlock(&vm->bind_locks[slot]);
 	pthread_mutex_lock(&vm->run_lock);
 
+	tag = vm->tags[slot];
 	regs = vm->regs;
 	regs.rdi = random_gpa(t);
-	regs.rsi = t->a & 2 ? GUEST_TAG : 0;
+	regs.rsi = t->a & 2 ? tag : 0;
 	vcpu_regs_set(vm->vcpu, &regs);
 
 	r = __vcpu_run(vm->vcpu) ? -errno : 0;
@@ -395,13 +410,14 @@ static int run_guest(struct thread *t)
 	} else if (!r) {
 		TEST_ASSERT_KVM_EXIT_REASON(vm->vcpu, KVM_EXIT_IO);
 		vcpu_regs_get(vm->vcpu, &regs);
-		TEST_ASSERT(!regs.rax || regs.rax >> 48 == TAG_MAGIC,
-			    "The guest found 0x%llx", regs.rax);
+		TEST_ASSERT(is_valid(regs.rax, tag), "The guest found 0x%llx in file 0x%lx",
+			    regs.rax, (unsigned long)tag);
 	}
 	if (!r || r == -ENXIO)
 		vcpu_run_complete_io(vm->vcpu);
 
 	pthread_mutex_unlock(&vm->run_lock);
+	pthread_rwlock_unlock(&vm->bind_locks[slot]);
 	pthread_rwlock_unlock(&vm->lock);
 	return r;
 }
@@ -664,7 +680,7 @@ static const struct operation operations[] = {
 	{ "mmap", run_mmap, 12, { ENODEV } },
 	{ "munmap", run_munmap, 2 },
 	{ "access", run_access, 30, { EFAULT } },
-	{ "madvise", run_madvise, 6, { EFAULT, ENOMEM, EHWPOISON } },
+	{ "madvise", run_madvise, 6, { EFAULT, ENOMEM, EHWPOISON, EINVAL } },
 	{ "mbind", run_mbind, 4 },
 	{ "allocate", run_allocate, 8, { ENOMEM } },
 	{ "punch", run_punch, 8 },
@@ -749,7 +765,7 @@ static void process_main(u32 round, u32 process)
 		.sa_flags = SA_SIGINFO,
 	};
 	static struct thread threads[MAX_THREADS];
-	int i;
+	int i, slot;
 
 	sigaction(SIGBUS, &sa, NULL);
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -762,6 +778,8 @@ static void process_main(u32 round, u32 process)
 		pthread_rwlock_init(&vms[i].lock, NULL);
 		pthread_mutex_init(&vms[i].prefault_lock, NULL);
 		pthread_mutex_init(&vms[i].run_lock, NULL);
+		for (slot = 0; slot < NR_MEMSLOTS; slot++)
+			pthread_rwlock_init(&vms[i].bind_locks[slot], NULL);
 		create_vm(i);
 	}
 	for (i = 0; i < NR_FILES; i++)
@@ -954,6 +972,7 @@ int main(int argc, char **argv)
 	ksft_set_plan(1);
 
 	find_page_sizes();
+	has_no_direct_map = !no_direct_map_missing();
 	nr_nodes = get_max_numa_node() + 1;
 	shared = kvm_mmap(sizeof(*shared), PROT_READ | PROT_WRITE,
 			  MAP_SHARED | MAP_ANONYMOUS, -1);

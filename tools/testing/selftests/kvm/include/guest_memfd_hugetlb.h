@@ -10,9 +10,12 @@
 
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 
 #include <linux/memfd.h>
 #include <linux/sizes.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
 
 #include "kvm_syscalls.h"
 #include "kvm_util.h"
@@ -249,6 +252,51 @@ static inline u64 mem_to_pfn(const void *mem)
 	kvm_close(fd);
 
 	return entry & BIT_ULL(63) ? entry & (BIT_ULL(55) - 1) : 0;
+}
+
+#define CORE_PATTERN	"/proc/sys/kernel/core_pattern"
+
+/* Have a child with all of this process's memory dump core. */
+static inline void dump_core(const char *path)
+{
+	const struct rlimit unlimited = { RLIM_INFINITY, RLIM_INFINITY };
+	char old[128] = {};
+	int fd, status;
+	pid_t pid;
+
+	fd = open_path_or_exit(CORE_PATTERN, O_RDWR);
+	TEST_ASSERT(read(fd, old, sizeof(old) - 1) > 0, "Can't read core_pattern");
+	TEST_ASSERT_EQ(pwrite(fd, path, strlen(path), 0), strlen(path));
+	pid = fork();
+	if (!pid) {
+		setrlimit(RLIMIT_CORE, &unlimited);
+		signal(SIGSEGV, SIG_DFL);
+		raise(SIGSEGV);
+	}
+	TEST_ASSERT(waitpid(pid, &status, 0) == pid && WIFSIGNALED(status), "No signal");
+	TEST_ASSERT_EQ(pwrite(fd, old, strlen(old), 0), strlen(old));
+	TEST_ASSERT(WCOREDUMP(status), "No core dump");
+	kvm_close(fd);
+}
+
+/* A page full of it, i.e. not only on the stack.  Pages are aligned in core dumps. */
+static inline bool file_has_page(const char *path, u64 value)
+{
+	static u64 buf[SZ_4K / 8], page[SZ_4K / 8];
+	bool found = false;
+	int fd, i;
+
+	for (i = 0; i < ARRAY_SIZE(page); i++)
+		page[i] = value;
+	fd = open_path_or_exit(path, O_RDONLY);
+	while (!found && read(fd, buf, sizeof(buf)) == sizeof(buf))
+		found = !memcmp(buf, page, sizeof(page));
+	kvm_close(fd);
+
+	/* This is in the next core dump, too. */
+	memset(buf, 0, sizeof(buf));
+	memset(page, 0, sizeof(page));
+	return found;
 }
 
 #endif /* SELFTEST_KVM_GUEST_MEMFD_HUGETLB_H */

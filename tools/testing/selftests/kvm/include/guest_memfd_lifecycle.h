@@ -2,24 +2,29 @@
 /*
  * What guest_memfd takes and has to give back, and who may hold on to it
  *
- * The counters are compared exactly, i.e. nobody else may use KVM or the HugeTLB
- * pools in the meantime.
+ * The counters are compared exactly, i.e. nobody else may use KVM, the HugeTLB
+ * pools, or memory that can't be reclaimed, in the meantime.
  */
 #ifndef SELFTEST_KVM_GUEST_MEMFD_LIFECYCLE_H
 #define SELFTEST_KVM_GUEST_MEMFD_LIFECYCLE_H
 
 #include <stdlib.h>
 
+#include <linux/elf.h>
 #include <linux/io_uring.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
 #include "cgroup_util.h"
 #include "guest_memfd_hugetlb.h"
+#include "numaif.h"
 
 #define GMEM_2M_POOL		"/sys/kernel/mm/hugepages/hugepages-2048kB"
 #define GMEM_1G_POOL		"/sys/kernel/mm/hugepages/hugepages-1048576kB"
 #define GMEM_INODE_CACHE	"/sys/kernel/slab/kvm_gmem_inode_cache"
+
+/* There is no counter of small pages, but of the list that they are on. */
+#define GMEM_UNEVICTABLE	"nr_unevictable"
 
 /* Relative paths are files of the test's cgroup. */
 static const char * const gmem_counter_paths[] = {
@@ -35,6 +40,7 @@ static const char * const gmem_counter_paths[] = {
 	"hugetlb.2MB.rsvd.current",
 	"hugetlb.1GB.current",
 	"hugetlb.1GB.rsvd.current",
+	GMEM_UNEVICTABLE,
 	GMEM_INODE_CACHE "/objects",
 	"/sys/module/kvm/refcnt",
 	"/sys/module/kvm_amd/refcnt",
@@ -74,10 +80,46 @@ static inline void gmem_cgroup_leave(void)
 	gmem_cgroup = NULL;
 }
 
+/*
+ * New small pages sit in a per-CPU batch.  Those that are removed from their file
+ * before they leave it, but are leaked, end up among the pages that can be reclaimed.
+ * Moving no pages at all empties the batches.
+ */
+static inline void gmem_drain_batches(void)
+{
+	int node = 0;
+
+	TEST_ASSERT(!syscall(__NR_move_pages, 0, 0, NULL, &node, NULL, 0),
+		    "move_pages() failed");
+}
+
+static inline long gmem_unevictable_get(void)
+{
+	char line[128];
+	long value = -1;
+	FILE *file;
+
+	gmem_drain_batches();
+
+	/* Changes are added up per CPU. */
+	write_long("/proc/sys/vm/stat_refresh", 1);
+
+	file = fopen("/proc/vmstat", "r");
+	TEST_ASSERT(file, "Can't open /proc/vmstat");
+	while (fgets(line, sizeof(line), file)) {
+		if (sscanf(line, GMEM_UNEVICTABLE " %ld", &value) == 1)
+			break;
+	}
+	fclose(file);
+	return value;
+}
+
 static inline long gmem_counter_get(const char *name)
 {
 	char path[PATH_MAX];
 
+	if (!strcmp(name, GMEM_UNEVICTABLE))
+		return gmem_unevictable_get();
 	if (name[0] == '/')
 		return read_long(name);
 	if (!gmem_cgroup)
@@ -99,6 +141,32 @@ static inline struct gmem_counters gmem_counters_read(void)
 		counters.value[i] = gmem_counter_get(gmem_counter_paths[i]);
 
 	return counters;
+}
+
+static inline void gmem_counter_add(struct gmem_counters *counters, const char *name,
+				    long value)
+{
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(gmem_counter_paths); i++) {
+		if (!strcmp(gmem_counter_paths[i], name) && counters->value[i] >= 0)
+			counters->value[i] += value;
+	}
+}
+
+/* Pages that are in use, whether they still belong to a file or not */
+static inline void gmem_counters_add_pages(struct gmem_counters *counters,
+					   size_t page_size, long nr_pages)
+{
+	if (page_size == SZ_4K) {
+		gmem_counter_add(counters, GMEM_UNEVICTABLE, nr_pages);
+	} else if (page_size == SZ_2M) {
+		gmem_counter_add(counters, GMEM_2M_POOL "/free_hugepages", -nr_pages);
+		gmem_counter_add(counters, "hugetlb.2MB.current", nr_pages * page_size);
+	} else {
+		gmem_counter_add(counters, GMEM_1G_POOL "/free_hugepages", -nr_pages);
+		gmem_counter_add(counters, "hugetlb.1GB.current", nr_pages * page_size);
+	}
 }
 
 /* Returns the name of a counter that differs, or NULL. */
@@ -133,6 +201,39 @@ static inline void gmem_counters_wait(const struct gmem_counters *want)
 				gmem_counter_paths[i], want->value[i], got.value[i]);
 	}
 	TEST_FAIL("%s isn't what it was", gmem_counters_differ(want, &got));
+}
+
+/* Whether the kernel finds a word, which isn't 0, where its direct map has the page */
+static inline bool is_in_direct_map(const u64 *word)
+{
+	u64 phys = mem_to_pfn(word) * SZ_4K + (u64)word % SZ_4K, value = 0;
+	int i, fd = open_path_or_exit("/proc/kcore", O_RDONLY);
+	struct elf64_phdr segment;
+	struct elf64_hdr header;
+
+	TEST_ASSERT_EQ(pread(fd, &header, sizeof(header), 0), sizeof(header));
+	for (i = 0; i < header.e_phnum; i++) {
+		TEST_ASSERT_EQ(pread(fd, &segment, sizeof(segment),
+				     header.e_phoff + i * sizeof(segment)), sizeof(segment));
+		if (segment.p_type == PT_LOAD && phys >= segment.p_paddr &&
+		    phys < segment.p_paddr + segment.p_memsz)
+			break;
+	}
+	TEST_ASSERT(i < header.e_phnum, "0x%lx is not in /proc/kcore", (unsigned long)phys);
+	TEST_ASSERT_EQ(pread(fd, &value, sizeof(value), segment.p_offset + phys -
+							segment.p_paddr), sizeof(value));
+	kvm_close(fd);
+
+	TEST_ASSERT(!value || value == *word, "Wanted 0x%lx, got 0x%lx",
+		    (unsigned long)*word, (unsigned long)value);
+	return value;
+}
+
+static inline const char *no_direct_map_missing(void)
+{
+	if (!(kvm_check_cap(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_NO_DIRECT_MAP))
+		return "no GUEST_MEMFD_FLAG_NO_DIRECT_MAP";
+	return NULL;
 }
 
 /* Returns a ring that pins the memory as a fixed buffer. */

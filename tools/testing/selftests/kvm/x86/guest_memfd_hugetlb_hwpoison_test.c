@@ -251,7 +251,10 @@ FIXTURE_SETUP(hwpoison)
 	TEST_ASSERT(!is_poisoned(self->pfn), "Poisoned already");
 }
 
-/* All is back but for the one page, whatever the pool is asked for. */
+/*
+ * All is back but for the one page, whatever the pool is asked for.  Memory failure
+ * keeps a reference to the page, i.e. it's in use for good and counts as such.
+ */
 static void assert_lost(size_t page_size, struct hugetlb_pool old, u64 pfn)
 {
 	struct hugetlb_pool pool = hugetlb_pool_read(page_size);
@@ -259,12 +262,7 @@ static void assert_lost(size_t page_size, struct hugetlb_pool old, u64 pfn)
 	char *mem;
 	int fd;
 
-	TEST_ASSERT(pool.free == old.free - 1 && pool.reserved == old.reserved &&
-		    pool.surplus == old.surplus &&
-		    (pool.total == old.total || pool.total == old.total - 1),
-		    "Pool total/free/reserved/surplus: %ld/%ld/%ld/%ld, was %ld/%ld/%ld/%ld",
-		    pool.total, pool.free, pool.reserved, pool.surplus,
-		    old.total, old.free, old.reserved, old.surplus);
+	TEST_ASSERT_POOL(page_size, old, 1, 0);
 	TEST_ASSERT(is_poisoned(pfn), "No longer poisoned");
 
 	fd = hugetlbfs_create(nr * page_size, page_size);
@@ -290,6 +288,14 @@ static void inject(u64 pfn)
 {
 	TEST_ASSERT(!write_long("/sys/kernel/debug/hwpoison/corrupt-pfn", pfn),
 		    "Can't poison pfn 0x%lx, errno %d", (unsigned long)pfn, errno);
+}
+
+static void expect_fallocate_poison(int fd, u64 offset, u64 size)
+{
+	int r = fallocate(fd, ALLOCATE, offset, size);
+
+	TEST_ASSERT(r == -1 && errno == EHWPOISON,
+		    "fallocate(): wanted EHWPOISON, got %d, errno %d", r, errno);
 }
 
 static long nr_leaves(struct kvm_vm *vm, size_t page_size)
@@ -347,8 +353,8 @@ TEST_F_TIMEOUT(hwpoison, memory_failure, HUGETLB_TEST_TIMEOUT)
 		inject(self->pfn + bad / SZ_4K);
 	} else {
 		/* Soft offlining would have to move the page, which nobody can. */
-		TEST_ASSERT(madvise(mem + bad, SZ_4K, MADV_SOFT_OFFLINE) == -1,
-			    "The page was offlined");
+		TEST_ASSERT(madvise(mem + bad, SZ_4K, MADV_SOFT_OFFLINE) == -1 &&
+			    errno == EBUSY, "MADV_SOFT_OFFLINE: wanted EBUSY, got errno %d", errno);
 		TEST_ASSERT_EQ(READ_ONCE(*(u64 *)(mem + SZ_64K)), PATTERN);
 		ASSERT_POOL(self->nr_pages, 0);
 
@@ -386,13 +392,17 @@ TEST_F_TIMEOUT(hwpoison, memory_failure, HUGETLB_TEST_TIMEOUT)
 	if (mem) {
 		EXPECT_POISON(mem, READ_ONCE(*mem));
 		EXPECT_POISON(mem + page_size - 1, WRITE_ONCE(mem[page_size - 1], 1));
-		TEST_ASSERT(process_vm_readv(getpid(), &local, 1, &remote, 1, 0) == -1,
-			    "process_vm_readv() doesn't mind");
+		TEST_ASSERT(process_vm_readv(getpid(), &local, 1, &remote, 1, 0) == -1 &&
+			    errno == EFAULT, "process_vm_readv(): wanted EFAULT, got errno %d",
+			    errno);
 		if (has_others)
 			TEST_ASSERT_EQ(READ_ONCE(mem[page_size]), 1);
 	}
 
 	/* It stays in the file until it is punched out, and another one replaces it. */
+	expect_fallocate_poison(self->fd, 0, self->nr_pages * page_size);
+	if (has_others)
+		kvm_fallocate(self->fd, ALLOCATE, page_size, page_size);
 	ASSERT_POOL(self->nr_pages, 0);
 	kvm_fallocate(self->fd, PUNCH_HOLE, 0, page_size);
 	ASSERT_POOL(self->nr_pages, 0);
@@ -444,6 +454,19 @@ FIXTURE_TEARDOWN_PARENT(unmapped)
 TEST_F(unmapped, close)
 {
 	ASSERT_POOL(1, 1);
+	kvm_close(self->fd);
+	ASSERT_POOL(1, 0);
+}
+
+/* Poison ends it, what's behind is not allocated any more. */
+TEST_F(unmapped, fallocate)
+{
+	expect_fallocate_poison(self->fd, 0, self->page_size);
+	expect_fallocate_poison(self->fd, 0, 2 * self->page_size);
+	ASSERT_POOL(1, 1);
+	kvm_fallocate(self->fd, ALLOCATE, self->page_size, self->page_size);
+	ASSERT_POOL(2, 0);
+	expect_fallocate_poison(self->fd, 0, 2 * self->page_size);
 	kvm_close(self->fd);
 	ASSERT_POOL(1, 0);
 }

@@ -4,7 +4,8 @@
  *
  * A file holds a reference to the vendor module, but drops it before its inode,
  * and the more pages there are to free, the longer the inode takes to follow.
- * Nothing but the file is left of the VM here.  Don't expect to survive a failure.
+ * Nothing but the file is left of the VM here.  The inode may also outlive the file
+ * for as long as somebody likes.  Don't expect to survive a failure.
  */
 #include <stdatomic.h>
 #include <stdio.h>
@@ -30,15 +31,19 @@ struct unload_test {
 	const char *name;
 	size_t page_size;
 	bool pinned;
+	bool path;
 };
 
 static const struct unload_test tests[] = {
 	{ .name = "4K pages", .page_size = SZ_4K },
 	{ .name = "4K pages, one is pinned", .page_size = SZ_4K, .pinned = true },
+	{ .name = "4K pages, an O_PATH file is left", .page_size = SZ_4K, .path = true },
 	{ .name = "2M pages", .page_size = SZ_2M },
 	{ .name = "2M pages, one is pinned", .page_size = SZ_2M, .pinned = true },
+	{ .name = "2M pages, an O_PATH file is left", .page_size = SZ_2M, .path = true },
 	{ .name = "1G pages", .page_size = SZ_1G },
 	{ .name = "1G pages, one is pinned", .page_size = SZ_1G, .pinned = true },
+	{ .name = "1G pages, an O_PATH file is left", .page_size = SZ_1G, .path = true },
 };
 
 static atomic_bool unloading;
@@ -91,18 +96,78 @@ static size_t file_size(size_t page_size)
 	return align_down(min_t(size_t, size, MAX_SIZE), page_size);
 }
 
-static void check_pinned(int pipe_fds[2], struct hugetlb_pool pool, size_t page_size)
+static void check_pinned(int pipe_fds[2], struct gmem_counters unloaded, size_t page_size)
 {
+	struct gmem_counters want = unloaded;
 	u64 buffer[SZ_4K / sizeof(u64)];
 
-	if (page_size > SZ_4K)
-		TEST_ASSERT_POOL_EVENTUALLY(page_size, pool, 1, 0);
+	gmem_counters_add_pages(&want, page_size, 1);
+	gmem_counters_wait(&want);
 	TEST_ASSERT_EQ(read(pipe_fds[0], buffer, SZ_4K), SZ_4K);
 	TEST_ASSERT_EQ(buffer[0], PATTERN);
-	if (page_size > SZ_4K)
-		TEST_ASSERT_POOL_EVENTUALLY(page_size, pool, 0, 0);
+	gmem_counters_wait(&unloaded);
 	kvm_close(pipe_fds[0]);
 	kvm_close(pipe_fds[1]);
+}
+
+static void expect_unloaded(struct gmem_counters *counters)
+{
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(gmem_counter_paths); i++) {
+		const char *path = gmem_counter_paths[i];
+
+		if (!strncmp(path, "/sys/module/", 12) || !strncmp(path, "/sys/kernel/slab/", 17))
+			counters->value[i] = -1;
+	}
+}
+
+/* Nothing is in flight: what the inode holds on to, it holds for good. */
+static void run_path_test(const struct unload_test *test, const char *vendor)
+{
+	u64 flags = PRIVATE_MEMORY, size = test->page_size;
+	struct gmem_counters counters, want;
+	char path[64], refcnt[64];
+	struct kvm_vm *vm;
+	int fd, path_fd;
+
+	counters = gmem_counters_read();
+	want = counters;
+	gmem_counters_add_pages(&want, size, 1);
+	gmem_counter_add(&want, GMEM_INODE_CACHE "/objects", 1);
+	snprintf(refcnt, sizeof(refcnt), "/sys/module/%s/refcnt", vendor);
+	gmem_counter_add(&want, refcnt, 1);
+	if (size > SZ_4K) {
+		flags = GUEST_MEMFD_FLAG_HUGETLB | hugetlb_size_flag(size);
+		gmem_counter_add(&want, size == SZ_2M ? "hugetlb.2MB.rsvd.current" :
+							"hugetlb.1GB.rsvd.current", size);
+	}
+
+	vm = vm_create_barebones();
+	fd = vm_create_guest_memfd(vm, size, flags);
+	kvm_fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, size);
+	gmem_drain_batches();
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	path_fd = open_path_or_exit(path, O_PATH);
+	kvm_vm_free(vm);
+	kvm_close(fd);
+	gmem_counters_wait(&want);
+
+	TEST_ASSERT(module_unload(vendor), "%s is gone, but an inode isn't", vendor);
+	TEST_ASSERT(errno == EWOULDBLOCK, "Unloading %s: errno %d", vendor, errno);
+	gmem_counters_wait(&want);
+
+	kvm_close(path_fd);
+	gmem_counters_wait(&counters);
+
+	TEST_ASSERT(!module_unload(vendor), "Unloading %s: errno %d", vendor, errno);
+	TEST_ASSERT(!module_unload("kvm"), "Unloading kvm: errno %d", errno);
+	expect_unloaded(&counters);
+	gmem_counters_wait(&counters);
+
+	module_load(vendor);
+	ksft_test_result_pass("%s\n", test->name);
 }
 
 static void run_test(const struct unload_test *test, const char *vendor)
@@ -110,25 +175,25 @@ static void run_test(const struct unload_test *test, const char *vendor)
 	u64 flags = test->pinned ? SHARED_MEMORY : PRIVATE_MEMORY;
 	long tainted = read_long("/proc/sys/kernel/tainted");
 	size_t size = file_size(test->page_size);
-	struct gmem_counters counters;
-	struct hugetlb_pool pool = {};
+	struct gmem_counters counters, unloaded;
 	struct kvm_vm *vm;
 	pthread_t thread;
 	int pipe_fds[2];
 	void *mem;
 	int fd;
 
-	if (test->page_size > SZ_4K) {
+	if (test->page_size > SZ_4K)
 		flags |= GUEST_MEMFD_FLAG_HUGETLB | hugetlb_size_flag(test->page_size);
-		pool = hugetlb_pool_read(test->page_size);
-	}
 
 	counters = gmem_counters_read();
+	unloaded = counters;
+	expect_unloaded(&unloaded);
 
 	vm = vm_create_barebones();
 	fd = vm_create_guest_memfd(vm, size, flags);
 	kvm_vm_free(vm);
 	kvm_fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, size);
+	gmem_drain_batches();
 
 	if (test->pinned) {
 		mem = kvm_mmap(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
@@ -147,7 +212,9 @@ static void run_test(const struct unload_test *test, const char *vendor)
 	TEST_ASSERT(!is_loaded(vendor) && !is_loaded("kvm"), "KVM is still there");
 
 	if (test->pinned)
-		check_pinned(pipe_fds, pool, test->page_size);
+		check_pinned(pipe_fds, unloaded, test->page_size);
+	else
+		gmem_counters_wait(&unloaded);
 
 	module_load(vendor);
 	gmem_counters_wait(&counters);
@@ -192,6 +259,8 @@ int main(int argc, char **argv)
 
 		if (reason)
 			ksft_test_result_skip("%s: %s\n", tests[i].name, reason);
+		else if (tests[i].path)
+			run_path_test(&tests[i], vendor);
 		else
 			run_test(&tests[i], vendor);
 	}
