@@ -44,7 +44,7 @@ DURATION ?= 60
 stress: tree
 	@scripts/build kernel $(if $(DEBUG),--debug)
 	@scripts/build selftests
-	@scripts/boot $(if $(DEBUG),--build build/kernel-debug) --memory 7G --cpus 4 --nodes 2 \
+	@scripts/boot $(if $(DEBUG),--debug) --memory 7G --cpus 4 --nodes 2 \
 		--timeout $$(($(DURATION) + 300)) --append "hugepagesz=1G hugepages=3 hugepagesz=2M hugepages=64" \
 		build/selftests/guest_memfd_stress --memory-failures 16 \
 		--duration $(DURATION) $(if $(SEED),--seed $(SEED))
