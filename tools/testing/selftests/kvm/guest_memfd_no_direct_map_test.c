@@ -7,7 +7,6 @@
  * tables in debugfs tells what is mapped, and by entries of which size.  The tests
  * compare how much that is exactly, i.e. nobody else may change it meanwhile.
  */
-#include <elf.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -26,6 +25,7 @@
 #include <sys/uio.h>
 #include <sys/wait.h>
 
+#include "guest_memfd_direct_map.h"
 #include "guest_memfd_hugetlb.h"
 #include "kvm_syscalls.h"
 #include "kvm_test_harness.h"
@@ -60,67 +60,6 @@ static u64 random_pattern(void)
  * /proc/kcore
  */
 
-static struct {
-	Elf64_Phdr segments[64];
-	int nr_segments;
-	u64 base;
-	int fd;
-} kcore = { .fd = -1 };
-
-/* Segments of RAM have a physical address.  So has the kernel's image. */
-static void kcore_open(void)
-{
-	Elf64_Ehdr header;
-	Elf64_Phdr segment;
-	int i;
-
-	if (kcore.fd >= 0)
-		return;
-
-	kcore.fd = open_path_or_exit("/proc/kcore", O_RDONLY);
-	TEST_ASSERT_EQ(pread(kcore.fd, &header, sizeof(header), 0), sizeof(header));
-	for (i = 0; i < header.e_phnum; i++) {
-		TEST_ASSERT_EQ(pread(kcore.fd, &segment, sizeof(segment),
-				     header.e_phoff + i * sizeof(segment)), sizeof(segment));
-		if (segment.p_type != PT_LOAD || segment.p_paddr == -1ul ||
-		    segment.p_vaddr >= 0xffffffff80000000ul)
-			continue;
-		TEST_ASSERT(kcore.nr_segments < ARRAY_SIZE(kcore.segments), "Too many segments");
-		kcore.segments[kcore.nr_segments++] = segment;
-		kcore.base = segment.p_vaddr - segment.p_paddr;
-	}
-	TEST_ASSERT(kcore.nr_segments, "No memory in /proc/kcore");
-}
-
-static void kcore_read(u64 phys, void *buf, size_t size)
-{
-	ssize_t r;
-	int i;
-
-	kcore_open();
-	for (i = 0; i < kcore.nr_segments; i++) {
-		Elf64_Phdr *segment = &kcore.segments[i];
-
-		if (phys < segment->p_paddr || phys + size > segment->p_paddr + segment->p_memsz)
-			continue;
-
-		r = pread(kcore.fd, buf, size, segment->p_offset + phys - segment->p_paddr);
-		TEST_ASSERT(r == size, "Read %ld of %lu bytes at 0x%lx", r, size,
-			    (unsigned long)phys);
-		return;
-	}
-	TEST_FAIL("0x%lx is not in /proc/kcore", (unsigned long)phys);
-}
-
-static u64 kcore_read_u64(u64 phys)
-{
-	u64 value;
-
-	kcore_read(phys, &value, sizeof(value));
-	return value;
-}
-
-/* Where there is a page with this at this offset, according to the direct map, or 0 */
 static u64 kcore_find(size_t page_size, size_t offset, u64 value)
 {
 	u64 phys;
@@ -319,10 +258,8 @@ static struct direct_map_counters direct_map_counters(void)
 
 static const char *direct_map_missing(void)
 {
-	if (!(kvm_check_cap(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_NO_DIRECT_MAP))
-		return "no GUEST_MEMFD_FLAG_NO_DIRECT_MAP";
-	if (access("/proc/kcore", R_OK))
-		return "no /proc/kcore, or no right to read it";
+	if (no_direct_map_missing())
+		return no_direct_map_missing();
 	if (access(PAGE_TABLES, R_OK))
 		return "no " PAGE_TABLES ", see CONFIG_PTDUMP_DEBUGFS";
 	return NULL;

@@ -10,12 +10,12 @@
 
 #include <stdlib.h>
 
-#include <linux/elf.h>
 #include <linux/io_uring.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
 #include "cgroup_util.h"
+#include "guest_memfd_direct_map.h"
 #include "guest_memfd_hugetlb.h"
 #include "numaif.h"
 
@@ -206,34 +206,11 @@ static inline void gmem_counters_wait(const struct gmem_counters *want)
 /* Whether the kernel finds a word, which isn't 0, where its direct map has the page */
 static inline bool is_in_direct_map(const u64 *word)
 {
-	u64 phys = mem_to_pfn(word) * SZ_4K + (u64)word % SZ_4K, value = 0;
-	int i, fd = open_path_or_exit("/proc/kcore", O_RDONLY);
-	struct elf64_phdr segment;
-	struct elf64_hdr header;
-
-	TEST_ASSERT_EQ(pread(fd, &header, sizeof(header), 0), sizeof(header));
-	for (i = 0; i < header.e_phnum; i++) {
-		TEST_ASSERT_EQ(pread(fd, &segment, sizeof(segment),
-				     header.e_phoff + i * sizeof(segment)), sizeof(segment));
-		if (segment.p_type == PT_LOAD && phys >= segment.p_paddr &&
-		    phys < segment.p_paddr + segment.p_memsz)
-			break;
-	}
-	TEST_ASSERT(i < header.e_phnum, "0x%lx is not in /proc/kcore", (unsigned long)phys);
-	TEST_ASSERT_EQ(pread(fd, &value, sizeof(value), segment.p_offset + phys -
-							segment.p_paddr), sizeof(value));
-	kvm_close(fd);
+	u64 value = kcore_read_u64(mem_to_pfn(word) * SZ_4K + (u64)word % SZ_4K);
 
 	TEST_ASSERT(!value || value == *word, "Wanted 0x%lx, got 0x%lx",
 		    (unsigned long)*word, (unsigned long)value);
 	return value;
-}
-
-static inline const char *no_direct_map_missing(void)
-{
-	if (!(kvm_check_cap(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_NO_DIRECT_MAP))
-		return "no GUEST_MEMFD_FLAG_NO_DIRECT_MAP";
-	return NULL;
 }
 
 /* Returns a ring that pins the memory as a fixed buffer. */
