@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0
 
-.PHONY: help demo check stress bench tree refresh series lint packages clean distclean
+.PHONY: help demo check stress bench builds tree refresh series lint packages clean distclean
 .NOTPARALLEL:
 
 help:
@@ -10,6 +10,7 @@ help:
 	@echo '  make check      build the kernel and run its tests in QEMU'
 	@echo '  make bench      measure what the series gains and costs'
 	@echo '  make stress     do everything at random for DURATION seconds (60)'
+	@echo '  make builds     compile what cannot be run here: arm64, SEV-SNP and TDX'
 	@echo ''
 	@echo '  make tree       assemble the kernel source with the series, in build/linux'
 	@echo '  make refresh    write commits in build/linux back to patches/ and new files'
@@ -32,8 +33,10 @@ tree refresh series: packages
 lint: tree
 	@scripts/series lint
 
+debug := $(if $(filter-out 0,$(DEBUG)),--debug)
+
 check: tree
-	@scripts/check $(if $(DEBUG),--debug)
+	@scripts/check $(debug)
 
 demo: tree
 	@scripts/build kernel
@@ -42,12 +45,16 @@ demo: tree
 
 DURATION ?= 60
 stress: tree
-	@scripts/build kernel $(if $(DEBUG),--debug)
+	@scripts/build kernel $(debug)
 	@scripts/build selftests
-	@scripts/boot $(if $(DEBUG),--debug) --memory 7G --cpus 4 --nodes 2 \
-		--timeout $$(($(DURATION) + 300)) --append "hugepagesz=1G hugepages=3 hugepagesz=2M hugepages=64" \
+	@scripts/boot $(debug) --memory 7G --cpus 4 --nodes 2 \
+		--timeout $$(($(DURATION) + $(if $(debug),1800,600))) --append "hugepagesz=1G hugepages=3 hugepagesz=2M hugepages=64" \
 		build/selftests/guest_memfd_stress --memory-failures 16 \
-		--duration $(DURATION) $(if $(SEED),--seed $(SEED))
+		--duration $(DURATION) $(if $(SEED),--seed $(SEED)) $(if $(ROUND),--round $(ROUND))
+
+builds: tree
+	@scripts/build kernel --arm64
+	@scripts/build kernel --confidential
 
 bench: tree
 	@scripts/build kernel

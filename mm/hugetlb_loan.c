@@ -278,15 +278,12 @@ struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
 		/*
 		 * -ENOSPC: the pool doesn't have the page.  free_huge_folio()
 		 * gives it back to the subpool, and only then to the pool and its
-		 * cgroup, which doesn't take long.  But there is no point in
-		 * waiting for somebody to raise a limit.
+		 * cgroup.
 		 */
-		if (folio == ERR_PTR(-ENOSPC))
-			retries -= HUGETLB_LOAN_RETRIES / 10;
-		else if (folio == ERR_PTR(-EAGAIN))
-			retries--;
-		else
+		if (folio != ERR_PTR(-EAGAIN) && folio != ERR_PTR(-ENOSPC))
 			return folio;
+
+		retries--;
 
 		if (fatal_signal_pending(current))
 			return ERR_PTR(-EINTR);

@@ -71,8 +71,6 @@ static inline u64 kcore_read_u64(u64 phys)
 	return value;
 }
 
-/* Where there is a page with this at this offset, according to the direct map, or 0 */
-
 static inline const char *no_direct_map_missing(void)
 {
 	if (!(kvm_check_cap(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAG_NO_DIRECT_MAP))
