@@ -973,7 +973,7 @@ TEST_F_TIMEOUT(hugetlb, cgroup_usage_limit, HUGETLB_TEST_TIMEOUT)
 	TEST_ASSERT(!cg_write_numeric(cgroup, cgroup_control(page_size, "max"), 0),
 		    "Can't set a limit");
 
-	for (i = 0; i < 100; i++)
+	for (i = 0; i < 10; i++)
 		expect_error(fallocate(fd, ALLOCATE, page_size, page_size), ENOMEM);
 	ASSERT_POOL(0, 2);
 	ASSERT_CGROUP(cgroup, "current", 0);
@@ -994,6 +994,38 @@ TEST_F_TIMEOUT(hugetlb, cgroup_usage_limit, HUGETLB_TEST_TIMEOUT)
 	kvm_close(fd);
 	ASSERT_POOL(0, 0);
 	ASSERT_CGROUP(cgroup, "current", 0);
+	leave_cgroup(root, cgroup);
+}
+
+/* Where the memory cgroup is charged for huge pages, it is once. */
+TEST_F_TIMEOUT(hugetlb, cgroup_memory, HUGETLB_TEST_TIMEOUT)
+{
+	const size_t page_size = self->page_size;
+	char root[PATH_MAX], *cgroup;
+	long before, charged;
+	int fd;
+
+	if (proc_mount_contains("memory_hugetlb_accounting") <= 0)
+		SKIP(return, "cgroup2 is mounted without memory_hugetlb_accounting");
+	cgroup = enter_new_cgroup(root, page_size);
+	if (!cgroup)
+		SKIP(return, "no hugetlb controller for child cgroups");
+
+	fd = create(1);
+	before = cg_read_long(cgroup, "memory.current");
+	TEST_ASSERT(before >= 0 && before < SZ_1M, "Creating the file charged %ld bytes", before);
+
+	/* Page tables and the like are charged, too. */
+	kvm_fallocate(fd, ALLOCATE, 0, page_size);
+	charged = cg_read_long(cgroup, "memory.current") - before;
+	TEST_ASSERT(charged >= (long)page_size && charged < (long)page_size + SZ_1M,
+		    "A page of %lu bytes charged %ld", page_size, charged);
+
+	kvm_fallocate(fd, PUNCH_HOLE, 0, page_size);
+	charged = cg_read_long(cgroup, "memory.current") - before;
+	TEST_ASSERT(charged < SZ_1M, "%ld bytes are charged for nothing", charged);
+
+	kvm_close(fd);
 	leave_cgroup(root, cgroup);
 }
 
