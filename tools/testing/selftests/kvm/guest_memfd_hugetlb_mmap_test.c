@@ -286,7 +286,7 @@ TEST_F_TIMEOUT(map, introspection, HUGETLB_TEST_TIMEOUT)
 	ASSERT_ALLOCATED(1);
 }
 
-TEST_F(map, bad_mmap)
+TEST_F_TIMEOUT(map, bad_mmap, HUGETLB_TEST_TIMEOUT)
 {
 	const size_t page_size = self->page_size, size = self->size;
 	const int prot = PROT_READ | PROT_WRITE;
@@ -352,7 +352,7 @@ TEST_F(map, bad_mmap)
 	ASSERT_ALLOCATED(0);
 }
 
-TEST_F(map, not_shared)
+TEST_F_TIMEOUT(map, not_shared, HUGETLB_TEST_TIMEOUT)
 {
 	int fd;
 	char *mem;
@@ -1106,7 +1106,7 @@ TEST_F_TIMEOUT(map, migration, HUGETLB_TEST_TIMEOUT)
 }
 
 /* There is nothing that userfaultfd could do with such a mapping. */
-TEST_F(map, userfaultfd)
+TEST_F_TIMEOUT(map, userfaultfd, HUGETLB_TEST_TIMEOUT)
 {
 	struct uffdio_api api = { .api = UFFD_API };
 	const int modes[] = {

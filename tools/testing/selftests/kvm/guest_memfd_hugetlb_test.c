@@ -142,7 +142,7 @@ do {										\
 	(GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED |			\
 	 GUEST_MEMFD_FLAG_NO_DIRECT_MAP | GUEST_MEMFD_FLAG_HUGETLB)
 
-TEST_F(hugetlb, capability)
+TEST_F_TIMEOUT(hugetlb, capability, HUGETLB_TEST_TIMEOUT)
 {
 	int flags = vm_check_cap(self->vm, KVM_CAP_GUEST_MEMFD_FLAGS);
 
@@ -154,7 +154,7 @@ TEST_F(hugetlb, capability)
 		    "Size bits are reported as flags: 0x%x", flags);
 }
 
-TEST_F(hugetlb, bad_flags)
+TEST_F_TIMEOUT(hugetlb, bad_flags, HUGETLB_TEST_TIMEOUT)
 {
 	const u64 size_bits = (u64)GUEST_MEMFD_HUGE_MASK << GUEST_MEMFD_HUGE_SHIFT;
 	u64 valid, flag, shift;
@@ -184,7 +184,7 @@ TEST_F(hugetlb, bad_flags)
 	}
 }
 
-TEST_F(hugetlb, bad_size)
+TEST_F_TIMEOUT(hugetlb, bad_size, HUGETLB_TEST_TIMEOUT)
 {
 	const u64 page_size = self->page_size;
 	const u64 bad_sizes[] = {
@@ -216,7 +216,7 @@ TEST_F(hugetlb, bad_size)
 }
 
 /* Size field 0 is the default huge page size. */
-TEST_F(hugetlb, default_size)
+TEST_F_TIMEOUT(hugetlb, default_size, HUGETLB_TEST_TIMEOUT)
 {
 	size_t default_size = get_def_hugetlb_pagesz();
 	struct hugetlb_pool pool = hugetlb_pool_read(default_size);
@@ -232,7 +232,7 @@ TEST_F(hugetlb, default_size)
 	TEST_ASSERT_POOL(default_size, pool, 0, 0);
 }
 
-TEST_F(hugetlb, reservation)
+TEST_F_TIMEOUT(hugetlb, reservation, HUGETLB_TEST_TIMEOUT)
 {
 	const size_t page_size = self->page_size;
 	const long all = self->available;
@@ -403,7 +403,7 @@ TEST_F_TIMEOUT(hugetlb, bad_fallocate, HUGETLB_TEST_TIMEOUT)
 	ASSERT_POOL(0, 2);
 }
 
-TEST_F(hugetlb, bad_file_operations)
+TEST_F_TIMEOUT(hugetlb, bad_file_operations, HUGETLB_TEST_TIMEOUT)
 {
 	const size_t page_size = self->page_size;
 	const off_t sizes[] = { 0, 4096, page_size, 2 * page_size, 4 * page_size };
@@ -520,7 +520,7 @@ TEST_F_TIMEOUT(hugetlb, bad_binding, HUGETLB_TEST_TIMEOUT)
 }
 
 /* Whoever created the VM is dead, and so is the VM, but not its files. */
-TEST_F(hugetlb, bind_to_dead_vm)
+TEST_F_TIMEOUT(hugetlb, bind_to_dead_vm, HUGETLB_TEST_TIMEOUT)
 {
 	struct kvm_vm vm = {};
 	int pipes[2], fds[2], status;
@@ -672,7 +672,7 @@ TEST_F_TIMEOUT(hugetlb, allocate_processes, HUGETLB_TEST_TIMEOUT)
 	TEST_ASSERT_POOL_EVENTUALLY(self->page_size, self->pool, 0, 0);
 }
 
-TEST_F(hugetlb, create_without_fd)
+TEST_F_TIMEOUT(hugetlb, create_without_fd, HUGETLB_TEST_TIMEOUT)
 {
 	struct rlimit old, new;
 	int i, fd;
@@ -848,7 +848,7 @@ TEST_F_TIMEOUT(hugetlb, overcommit, HUGETLB_TEST_TIMEOUT)
 }
 
 /* A page that the administrator takes away becomes surplus while it is reserved. */
-TEST_F(hugetlb, shrink_pool)
+TEST_F_TIMEOUT(hugetlb, shrink_pool, HUGETLB_TEST_TIMEOUT)
 {
 	const size_t page_size = self->page_size;
 	struct hugetlb_pool pool = self->pool;

@@ -428,7 +428,7 @@ static void kcore_check_zeros(u64 phys, size_t page_size)
 		TEST_ASSERT_EQ(kcore_read_u64(phys + offset), 0);
 }
 
-TEST_F(direct_map, capability)
+TEST_F_TIMEOUT(direct_map, capability, HUGETLB_TEST_TIMEOUT)
 {
 	const unsigned long types[] = { KVM_X86_DEFAULT_VM, KVM_X86_SW_PROTECTED_VM };
 	struct kvm_vm *vm;
@@ -1135,7 +1135,7 @@ TEST_F_TIMEOUT(direct_map, coredump, HUGETLB_TEST_TIMEOUT)
 }
 
 /* An image of memory on disk would have what the direct map is not allowed to. */
-TEST_F(direct_map, hibernation)
+TEST_F_TIMEOUT(direct_map, hibernation, HUGETLB_TEST_TIMEOUT)
 {
 	char state[128] = {};
 	int fd, file, i;

@@ -451,7 +451,7 @@ FIXTURE_TEARDOWN_PARENT(unmapped)
 	assert_lost(self->page_size, self->pool, self->pfn);
 }
 
-TEST_F(unmapped, close)
+TEST_F_TIMEOUT(unmapped, close, HUGETLB_TEST_TIMEOUT)
 {
 	ASSERT_POOL(1, 1);
 	kvm_close(self->fd);
@@ -459,7 +459,7 @@ TEST_F(unmapped, close)
 }
 
 /* Poison ends it, what's behind is not allocated any more. */
-TEST_F(unmapped, fallocate)
+TEST_F_TIMEOUT(unmapped, fallocate, HUGETLB_TEST_TIMEOUT)
 {
 	expect_fallocate_poison(self->fd, 0, self->page_size);
 	expect_fallocate_poison(self->fd, 0, 2 * self->page_size);
@@ -471,7 +471,7 @@ TEST_F(unmapped, fallocate)
 	ASSERT_POOL(1, 0);
 }
 
-TEST_F(unmapped, punch_hole)
+TEST_F_TIMEOUT(unmapped, punch_hole, HUGETLB_TEST_TIMEOUT)
 {
 	kvm_fallocate(self->fd, PUNCH_HOLE, 0, 2 * self->page_size);
 	ASSERT_POOL(1, 1);
@@ -484,7 +484,7 @@ TEST_F(unmapped, punch_hole)
 }
 
 /* There is no page to replace the lost one, the others are someone else's. */
-TEST_F(unmapped, no_replacement)
+TEST_F_TIMEOUT(unmapped, no_replacement, HUGETLB_TEST_TIMEOUT)
 {
 	const long others = self->pool.free - self->pool.reserved - 2;
 	int fd;
