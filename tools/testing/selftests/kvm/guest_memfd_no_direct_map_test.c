@@ -909,7 +909,6 @@ static int try_populate_write(char *mem)
 	return madvise(mem, SZ_4K, MADV_POPULATE_WRITE) ? errno : 0;
 }
 
-
 static const struct {
 	const char *name;
 	int (*try)(char *mem);
