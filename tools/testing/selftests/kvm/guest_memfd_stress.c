@@ -683,7 +683,8 @@ static const struct operation operations[] = {
 	{ "access", run_access, 30, { EFAULT } },
 	{ "madvise", run_madvise, 6, { EFAULT, ENOMEM, EHWPOISON, EINVAL } },
 	{ "mbind", run_mbind, 4 },
-	{ "allocate", run_allocate, 8, { ENOMEM, EHWPOISON } },
+	/* EINTR, as of the vCPU: io_uring signals a task that closes a ring. */
+	{ "allocate", run_allocate, 8, { ENOMEM, EHWPOISON, EINTR } },
 	{ "punch", run_punch, 8 },
 	{ "pin", run_pin, 4, { EFAULT, ENOMEM, EHWPOISON, EAGAIN } },
 	{ "unpin", run_unpin, 3 },
