@@ -362,7 +362,7 @@ TEST_F_TIMEOUT(lifecycle, memslot_and_file_die_at_once, HUGETLB_TEST_TIMEOUT)
 		.vcpu = self->vcpu,
 		.size = self->page_size,
 	};
-	int i, nr_races = self->page_size == SZ_1G ? 5 : 200;
+	int i, nr_races = self->page_size == SZ_1G ? 5 : 100;
 
 	unmap(self->mem, self->size);
 	kvm_close(self->fd);
@@ -382,7 +382,7 @@ TEST_F_TIMEOUT(lifecycle, memslot_and_file_die_at_once, HUGETLB_TEST_TIMEOUT)
 TEST_F_TIMEOUT(lifecycle, vm_and_file_die_at_once, HUGETLB_TEST_TIMEOUT)
 {
 	static const pthread_fn_t threads[] = { close_file_thread, destroy_vm_thread };
-	int i, nr_races = self->page_size == SZ_1G ? 5 : 50;
+	int i, nr_races = self->page_size == SZ_1G ? 5 : 25;
 	struct race race = { .size = self->page_size };
 
 	unmap(self->mem, self->size);
@@ -492,7 +492,7 @@ TEST_F_TIMEOUT(lifecycle, exit_closes, HUGETLB_TEST_TIMEOUT)
 /* Killed in the middle of allocating, zeroing, and removing pages */
 TEST_F_TIMEOUT(lifecycle, killed, HUGETLB_TEST_TIMEOUT)
 {
-	int i, nr_kills = self->page_size == SZ_1G ? 3 : 20;
+	int i, nr_kills = self->page_size == SZ_1G ? 3 : 10;
 	pid_t pid;
 
 	for (i = 0; i < nr_kills; i++) {
