@@ -1248,7 +1248,7 @@ TEST_F_TIMEOUT(direct_map, cost, HUGETLB_TEST_TIMEOUT)
 		nr_pages = self->pool.free - self->pool.reserved;
 		size = max_t(size_t, min_t(size_t, nr_pages * self->page_size, SZ_128M),
 			     self->page_size);
-		nr_rounds = self->page_size > SZ_2M ? 6 : 10;
+		nr_rounds = self->page_size > SZ_2M ? 4 : 10;
 	}
 	nr_pages = size / self->page_size;
 
