@@ -45,9 +45,10 @@ int kvm_gmem_hugetlb_mmap(struct file *file, struct vm_area_struct *vma)
 		return -EINVAL;
 
 	/*
-	 * As for hugetlbfs.  Apart from mremap(), this keeps away whatever puts
-	 * page tables where a huge entry is to go, e.g. guard regions, and what
-	 * expects folios to be on the LRU, e.g. mlock() and khugepaged.
+	 * As for hugetlbfs.  Apart from mremap() and GUP, which ask for the page
+	 * size, this keeps away whatever puts page tables where a huge entry is
+	 * to go, e.g. guard regions, and what expects folios to be on the LRU,
+	 * e.g. mlock() and khugepaged.
 	 */
 	vm_flags_set(vma, VM_DONTEXPAND);
 	return 0;
