@@ -165,6 +165,24 @@ static inline void __assert_pool(size_t page_size, struct hugetlb_pool want,
 	__assert_pool(_page_size, _before, _nr_allocated, _nr_reserved, true,	\
 		      __FILE__, __LINE__)
 
+/*
+ * How many pages a file has reserved beyond @nr_reserved.  It does so if a page
+ * that was removed takes more than 100 ms to come back, because a thread that holds
+ * it doesn't get to run.  Each thread holds one at most, and for each of the file's
+ * pages one may be reserved too many, thus @max is how many threads and pages are.
+ */
+static inline long hugetlb_pool_replacements(size_t page_size, struct hugetlb_pool before,
+					     long nr_reserved, long max)
+{
+	long nr = hugetlb_pool_get(page_size, "resv_hugepages") - before.reserved - nr_reserved;
+
+	if (nr)
+		pr_info("# %ld pages are reserved in place of others that came back late\n", nr);
+	TEST_ASSERT(nr >= 0 && nr <= max, "%ld pages in place of others, %ld are the most",
+		    nr, max);
+	return nr;
+}
+
 /* Returns why guest_memfd can't be tested with this page size, or NULL. */
 static inline const char *hugetlb_missing(size_t page_size, long nr_pages)
 {
