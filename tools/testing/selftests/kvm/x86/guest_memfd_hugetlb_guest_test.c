@@ -831,7 +831,7 @@ TEST_F_TIMEOUT(guest, punch_while_running, HUGETLB_TEST_TIMEOUT)
 {
 	const size_t page_size = self->page_size;
 	const long nr = is_cheap ? 2 : 1;
-	const int nr_rounds = is_cheap ? 300 : 2;
+	const int nr_rounds = is_cheap ? 100 : 2;
 	struct runner runners[NR_VCPUS];
 	pthread_t threads[NR_VCPUS];
 	bool stop = false;
