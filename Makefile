@@ -10,7 +10,7 @@ help:
 	@echo '  make check      build the kernel and run its tests in QEMU'
 	@echo '  make bench      measure what the series gains and costs'
 	@echo '  make stress     do everything at random for DURATION seconds (60)'
-	@echo '  make builds     compile what cannot be run here: arm64, SEV-SNP and TDX'
+	@echo '  make builds     compile each patch, and what cannot be run: arm64, SEV-SNP, TDX, !NUMA, ...'
 	@echo ''
 	@echo '  make tree       assemble the kernel source with the series, in build/linux'
 	@echo '  make refresh    write commits in build/linux back to patches/ and new files'
@@ -20,6 +20,7 @@ help:
 	@echo '  make clean      remove what was built, but not the source'
 	@echo '  make distclean  remove build/'
 	@echo ''
+	@echo 'BUILDS= (builds) names some of them, see scripts/builds --help.'
 	@echo 'DEBUG=1 (check, stress) takes the kernel with all debugging on.  LINUX_SRC= names'
 	@echo 'the source of the base, TREE= (refresh) another repository with the series,'
 	@echo 'FORCE=1 (tree, refresh) drops edits.  See also scripts/boot --help.'
@@ -53,8 +54,7 @@ stress: tree
 		--duration $(DURATION) $(if $(SEED),--seed $(SEED)) $(if $(ROUND),--round $(ROUND))
 
 builds: tree
-	@scripts/build kernel --arm64
-	@scripts/build kernel --confidential
+	@scripts/builds $(BUILDS)
 
 bench: tree
 	@scripts/build kernel
