@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0
 
-.PHONY: help demo check stress bench builds tree refresh series lint packages clean distclean
+.PHONY: help demo check mutants stress bench builds tree refresh series lint packages clean distclean
 .NOTPARALLEL:
 
 help:
@@ -8,6 +8,7 @@ help:
 	@echo ''
 	@echo '  make demo       boot a Linux guest on 4K, 2M and 1G guest_memfd pages'
 	@echo '  make check      build the kernel and run its tests in QEMU'
+	@echo '  make mutants    take lines out one at a time, and see a test fail'
 	@echo '  make bench      measure what the series gains and costs'
 	@echo '  make stress     do everything at random for DURATION seconds (60)'
 	@echo '  make builds     compile each patch, and what cannot be run: arm64, SEV-SNP, TDX, !NUMA, ...'
@@ -23,7 +24,7 @@ help:
 	@echo 'BUILDS= (builds) names some of them, see scripts/builds --help.'
 	@echo 'DEBUG=1 (check, stress) takes the kernel with all debugging on.  LINUX_SRC= names'
 	@echo 'the source of the base, TREE= (refresh) another repository with the series,'
-	@echo 'FORCE=1 (tree, refresh) drops edits.  See also scripts/boot --help.'
+	@echo 'MUTANTS= (mutants) selects some by name, FORCE=1 (tree, refresh) drops edits.  See also scripts/boot --help.'
 
 packages:
 	@scripts/packages
@@ -38,6 +39,10 @@ debug := $(if $(filter-out 0,$(DEBUG)),--debug)
 
 check: tree
 	@scripts/check $(debug)
+
+mutants: tree
+	@scripts/build selftests
+	@scripts/mutants $(MUTANTS)
 
 demo: tree
 	@scripts/build kernel
@@ -62,7 +67,7 @@ bench: tree
 	@scripts/bench
 
 clean:
-	rm -rf build/kernel* build/selftests* build/vmm build/series
+	rm -rf build/kernel* build/selftests* build/vmm build/series build/mutants
 
 distclean:
 	rm -rf build
