@@ -24,7 +24,8 @@ help:
 	@echo 'BUILDS= (builds) names some of them, see scripts/builds --help.'
 	@echo 'DEBUG=1 (check, stress) takes the kernel with all debugging on.  LINUX_SRC= names'
 	@echo 'the source of the base, TREE= (refresh) another repository with the series,'
-	@echo 'MUTANTS= (mutants) selects some by name, FORCE=1 (tree, refresh) drops edits.  See also scripts/boot --help.'
+	@echo 'FORCE=1 (tree, refresh) drops edits, MUTANTS= (mutants) selects some by name.'
+	@echo 'See also scripts/boot --help.'
 
 packages:
 	@scripts/packages
