@@ -40,19 +40,46 @@ int folio_remove_direct_map(struct folio *folio)
 
 	might_sleep();
 
+	/*
+	 * There is nothing to undo if it fails.  Folios are aligned: either one entry
+	 * is larger than the folio, and is split before anything is written, or all
+	 * entries are part of the folio, and are written as they are.
+	 */
 	r = set_direct_map_valid_noflush(folio_page(folio, 0),
 					 folio_nr_pages(folio), false);
-	/* The start of the folio may have made it, and takes no split to undo. */
-	if (r)
-		WARN_ON_ONCE(set_direct_map_valid_noflush(folio_page(folio, 0),
-							  folio_nr_pages(folio),
-							  true));
 
 	/* A stale entry would defeat the purpose. */
 	flush_tlb_kernel_range(addr, addr + folio_size(folio));
 	return r;
 }
 EXPORT_SYMBOL_FOR_MODULES(folio_remove_direct_map, "kvm");
+
+/*
+ * Put a poisoned folio back, but for the pages with an error.  Those must not be
+ * present for a moment, the CPU could read ahead.  The entries of the others are
+ * made present one run at a time: where an entry has to be split because one of its
+ * pages has an error, it is split while nothing of it is present.
+ *
+ * A split takes memory for a page table.  If there is none, the rest of the folio
+ * can't be put back, and nobody must get it.
+ */
+static int folio_restore_healthy_pages(struct folio *folio)
+{
+	long start, end;
+	int r;
+
+	for (start = 0; start < folio_nr_pages(folio); start = end + 1) {
+		end = folio_next_hwpoison(folio, start);
+		if (start == end)
+			continue;
+
+		r = set_direct_map_valid_noflush(folio_page(folio, start),
+						 end - start, true);
+		if (r)
+			return r;
+	}
+	return 0;
+}
 
 /**
  * folio_restore_direct_map - Put a folio back into the direct map, and zero it
@@ -65,7 +92,8 @@ EXPORT_SYMBOL_FOR_MODULES(folio_remove_direct_map, "kvm");
  *
  * A poisoned folio must not be touched, and isn't zeroed.  All but the pages with
  * an error are put back nevertheless: memory failure may dissolve a HugeTLB folio
- * and free its healthy pages.  It doesn't if it lost track of which ones these are.
+ * and free its healthy pages.  It doesn't if it lost track of which ones these are,
+ * and that's what it is told if they can't be put back, for want of memory.
  *
  * Context: May sleep, as zeroing takes a while, and as architectures may serialize
  * changes of the direct map.
@@ -78,11 +106,23 @@ void folio_restore_direct_map(struct folio *folio)
 	if (folio_test_hugetlb(folio) && folio_test_hugetlb_raw_hwp_unreliable(folio))
 		return;
 
-	if (WARN_ON_ONCE(set_direct_map_valid_noflush(folio_page(folio, 0),
-						      folio_nr_pages(folio),
-						      true)))
+	if (folio_test_hwpoison(folio)) {
+		if (folio_restore_healthy_pages(folio)) {
+			folio_set_hugetlb_raw_hwp_unreliable(folio);
+			pr_warn_ratelimited("%#lx: no memory to put the rest of a poisoned huge page back into the direct map, it is lost\n",
+					    folio_pfn(folio));
+			return;
+		}
+	} else if (WARN_ON_ONCE(set_direct_map_valid_noflush(folio_page(folio, 0),
+							     folio_nr_pages(folio),
+							     true))) {
 		return;
+	}
 
+	/*
+	 * Memory failure marks a page as poisoned and then takes it out of the
+	 * direct map.  If both happened just now, the latter was undone above.
+	 */
 	if (folio_test_hwpoison(folio)) {
 		folio_set_mce_nospec(folio);
 		return;

@@ -18,7 +18,6 @@
  * the (possibly optimized away) struct pages behind them.  HugeTLB's own rmap
  * code can't deal with such entries, folio_test_hugetlb_on_loan() tells.
  */
-#include <linux/delay.h>
 #include <linux/direct_map.h>
 #include <linux/error-injection.h>
 #include <linux/hugetlb.h>
@@ -27,6 +26,8 @@
 #include <linux/mempolicy.h>
 #include <linux/mm.h>
 #include <linux/pagemap.h>
+#include <linux/rcupdate.h>
+#include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 
 #include "hugetlb_internal.h"
@@ -54,6 +55,7 @@ int hugetlb_loan_open(struct hugetlb_loan *loan, unsigned int page_size_log,
 	struct hugetlb_cgroup *reservation_cgroup = NULL;
 	struct hugepage_subpool *subpool;
 	unsigned long nr_huge_pages;
+	unsigned int pin_flags;
 	struct hstate *h;
 
 	if (!hugepages_supported())
@@ -77,7 +79,13 @@ int hugetlb_loan_open(struct hugetlb_loan *loan, unsigned int page_size_log,
 	 * thus each of its pages is either in use or reserved, and an allocation
 	 * never has to compete for a page that nobody holds for the file.
 	 */
+	pin_flags = memalloc_pin_save();
 	subpool = hugepage_new_subpool(h, nr_huge_pages, nr_huge_pages);
+	memalloc_pin_restore(pin_flags);
+
+	/* Surplus pages may have to come out of memory that is to be movable. */
+	if (!subpool)
+		subpool = hugepage_new_subpool(h, nr_huge_pages, nr_huge_pages);
 	if (!subpool) {
 		hugetlb_cgroup_uncharge_cgroup_rsvd(hstate_index(h),
 						    size >> PAGE_SHIFT,
@@ -121,17 +129,140 @@ void hugetlb_loan_close(struct hugetlb_loan *loan)
 }
 EXPORT_SYMBOL_FOR_MODULES(hugetlb_loan_close, "kvm");
 
-/* How often to look, once a millisecond, for a folio to come back. */
-#define HUGETLB_LOAN_RETRIES	100
+/**
+ * hugetlb_loan_reserved - What a file's reservation has left
+ * @loan: The loan.
+ *
+ * Context: Any.
+ * Return: Size of the huge pages that are reserved and not allocated, in bytes.
+ */
+u64 hugetlb_loan_reserved(const struct hugetlb_loan *loan)
+{
+	return (u64)READ_ONCE(loan->subpool->rsv_hpages) *
+	       huge_page_size(loan->hstate);
+}
+EXPORT_SYMBOL_FOR_MODULES(hugetlb_loan_reserved, "kvm");
+
+/*
+ * How long a fault waits for a page that was removed from the file to come back,
+ * before another one takes its place in spite of there being no reason for it not
+ * to come back, and before it gives up on one for which there is one, if there is
+ * none to take its place.
+ */
+#define HUGETLB_LOAN_PATIENCE		HZ
+#define HUGETLB_LOAN_LAST_CHANCE	(HZ / 10)
+
+/*
+ * Will the folio stay away for longer than somebody needs who has come across it
+ * in the page cache or in a page table?
+ */
+static bool hugetlb_loan_stray_is_lost(struct folio *stray)
+{
+	return folio_test_hwpoison(stray) || folio_maybe_dma_pinned(stray);
+}
+
+static struct folio *hugetlb_loan_find_stray(struct hugepage_subpool *subpool,
+					     bool any)
+{
+	struct folio *stray;
+
+	lockdep_assert_held(&hugetlb_lock);
+
+	list_for_each_entry(stray, &subpool->strays, _deferred_list)
+		if (any || hugetlb_loan_stray_is_lost(stray))
+			return stray;
+
+	return NULL;
+}
+
+static bool hugetlb_loan_has_stray(struct hugepage_subpool *subpool, bool any)
+{
+	guard(spinlock_irq)(&hugetlb_lock);
+
+	return hugetlb_loan_find_stray(subpool, any);
+}
+
+/* Is there nothing to wait for? */
+static bool hugetlb_loan_all_strays_lost(struct hugepage_subpool *subpool)
+{
+	struct folio *stray;
+
+	guard(spinlock_irq)(&hugetlb_lock);
+
+	list_for_each_entry(stray, &subpool->strays, _deferred_list)
+		if (!hugetlb_loan_stray_is_lost(stray))
+			return false;
+
+	return !list_empty(&subpool->strays);
+}
+
+/*
+ * Take another page of the pool in place of one that was removed from the file and
+ * isn't coming back, or, with @any, of one that doesn't come back for whatever
+ * reason.  The stray folio isn't the file's any more, and goes straight to the pool
+ * when it is freed.  Until then, it is what the file's cgroup is charged for in
+ * addition, and nothing is left of the replacement once it is freed.
+ *
+ * Returns 0 if an allocation may succeed now, -EBUSY if there is, or may be, a folio
+ * to wait for, and -ENOMEM if there is none.
+ */
+static int hugetlb_loan_replace_stray(struct hugetlb_loan *loan, bool any)
+{
+	struct hugepage_subpool *subpool = loan->subpool;
+	struct hstate *h = loan->hstate;
+	bool charged = false;
+	struct folio *stray;
+
+	if (!hugetlb_loan_has_stray(subpool, any))
+		return -EBUSY;
+
+	/* This may sleep, and the stray may come back meanwhile. */
+	if (hugetlb_acct_memory(h, 1))
+		goto no_page;
+
+	if (hugetlb_cgroup_charge_more_rsvd(hstate_index(h), pages_per_huge_page(h),
+					    loan->reservation_cgroup)) {
+		hugetlb_acct_memory(h, -1);
+		goto no_page;
+	}
+
+	spin_lock_irq(&hugetlb_lock);
+	stray = hugetlb_loan_find_stray(subpool, any);
+	if (stray) {
+		list_del_init(&stray->_deferred_list);
+		hugetlb_set_folio_subpool(stray, NULL);
+		/* A poisoned page won't be freed, and is nobody's any more. */
+		charged = !folio_test_hwpoison(stray);
+		if (charged)
+			hugetlb_cgroup_commit_charge_rsvd(hstate_index(h),
+							  pages_per_huge_page(h),
+							  loan->reservation_cgroup,
+							  stray);
+		/* It was in use, and now there is one in reserve. */
+		WARN_ON_ONCE(hugepage_subpool_put_pages(subpool, 1));
+	}
+	spin_unlock_irq(&hugetlb_lock);
+
+	if (!charged)
+		hugetlb_cgroup_uncharge_cgroup_rsvd(hstate_index(h),
+						    pages_per_huge_page(h),
+						    loan->reservation_cgroup);
+	if (!stray)
+		hugetlb_acct_memory(h, -1);
+	return 0;
+
+no_page:
+	return hugetlb_loan_all_strays_lost(subpool) ? -ENOMEM : -EBUSY;
+}
 
 static noinline
 struct folio *hugetlb_loan_alloc_folio(struct hugetlb_loan *loan,
 				       struct address_space *mapping,
-				       pgoff_t index, struct mempolicy *policy)
+				       pgoff_t index, struct mempolicy *policy,
+				       bool strict)
 {
 	struct hstate *h = loan->hstate;
 	struct mempolicy_interpreted interpreted;
-	unsigned int pin_flag;
 	struct folio *folio;
 	u32 hash;
 	int r;
@@ -142,38 +273,31 @@ struct folio *hugetlb_loan_alloc_folio(struct hugetlb_loan *loan,
 	if (hugepage_subpool_get_pages(loan->subpool, 1) < 0)
 		return ERR_PTR(-EAGAIN);
 
-	/*
-	 * A fault on behalf of a longterm pin asks for pages that don't have to
-	 * be movable.  The folio won't move in any case, and what is reserved is
-	 * some page of the pool, not a page of that kind.
-	 */
-	pin_flag = current->flags & PF_MEMALLOC_PIN;
-	current->flags &= ~PF_MEMALLOC_PIN;
-
 	/* Consecutive huge pages go to consecutive nodes. */
 	mpol_interpret(policy, mapping->host->i_ino + (index >> huge_page_order(h)),
 		       htlb_alloc_mask(h), &interpreted);
 
-	folio = hugetlb_alloc_folio(h, &interpreted, current->mm,
-				    HUGETLB_ALLOC_USE_GLOBAL_RESERVATIONS);
-	if (IS_ERR(folio) && interpreted.nodemask) {
-		/*
-		 * Whether it's because of the policy or not, it takes another
-		 * attempt to tell.  The reservation is for any node, and a page
-		 * in the wrong place beats a guest that dies for want of one.
-		 */
-		interpreted.nodemask = NULL;
-		interpreted.mode = MPOL_DEFAULT;
-		folio = hugetlb_alloc_folio(h, &interpreted, current->mm,
-					    HUGETLB_ALLOC_USE_GLOBAL_RESERVATIONS);
-	}
+	/*
+	 * The reservation is for any node, and a page in the wrong place beats a
+	 * guest that dies for want of one.  Whoever wants none allocates it before
+	 * the guest needs it.
+	 */
+	if (interpreted.nodemask && !strict)
+		interpreted.mode = MPOL_PREFERRED_MANY;
 
-	current->flags |= pin_flag;
+	/* The folio won't move, leave alone what somebody wants to be movable. */
+	folio = hugetlb_alloc_folio(h, &interpreted, current->mm,
+				    HUGETLB_ALLOC_USE_GLOBAL_RESERVATIONS |
+				    HUGETLB_ALLOC_PINNABLE_FIRST);
 
 	if (IS_ERR(folio)) {
 		/* The page was reserved, and so it is again. */
 		WARN_ON_ONCE(hugepage_subpool_put_pages(loan->subpool, 1));
-		return ERR_PTR(-ENOSPC);
+		/*
+		 * What the subpool has is in the pool, see free_huge_folio().  It's
+		 * the task that may not have it, and waiting doesn't help.
+		 */
+		return ERR_PTR(-ENOMEM);
 	}
 
 	/*
@@ -206,33 +330,41 @@ struct folio *hugetlb_loan_alloc_folio(struct hugetlb_loan *loan,
 }
 ALLOW_ERROR_INJECTION(hugetlb_loan_alloc_folio, ERRNO);
 
-/**
- * hugetlb_loan_get_folio - Get the huge folio at an index of a file
- * @loan: The file's loan.
- * @mapping: The file's page cache.
- * @index: Index in the file in units of PAGE_SIZE, need not be aligned.
- * @policy: Memory policy for a new folio.  NULL for the current task's policy.
- *	Reservations are not bound to nodes, hence a policy that the pool can't
- *	satisfy doesn't make the allocation fail.
- *
- * Finds the folio or takes a new one from the pool.  A new folio isn't zeroed,
- * and isn't uptodate.
- *
- * Context: May sleep.  Takes the HugeTLB fault mutex of the huge page to
- * allocate, inside of which the caller must not hold the lock of any folio of
- * the file.
- * Return: The folio, locked and with a reference for the caller, or an ERR_PTR:
- * -ENOMEM if no page cache node could be allocated, if a HugeTLB or memory
- * cgroup limit is hit, if the cpuset of the current task has no huge page, or if
- * a huge page that was removed from the file is poisoned or still pinned and there
- * is none to take its place; -EINTR if the task is about to die.
+/*
+ * Find the folio at an index and lock it.  To wait for the lock with a reference
+ * would mean to make others wait, who want the folio back when it's removed.
  */
-struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
-				     struct address_space *mapping,
-				     pgoff_t index, struct mempolicy *policy)
+static struct folio *hugetlb_loan_lock_folio(struct address_space *mapping,
+					     pgoff_t index, int state)
+{
+	struct folio *folio;
+
+	for (;;) {
+		folio = filemap_get_folio(mapping, index);
+		if (IS_ERR(folio))
+			return folio;
+
+		if (!folio_trylock(folio)) {
+			if (folio_put_wait_locked(folio, state))
+				return ERR_PTR(-EINTR);
+			continue;
+		}
+
+		if (folio->mapping == mapping)
+			return folio;
+
+		folio_unlock(folio);
+		folio_put(folio);
+	}
+}
+
+static struct folio *hugetlb_loan_find_or_alloc_folio(struct hugetlb_loan *loan,
+						      struct address_space *mapping,
+						      pgoff_t index,
+						      struct mempolicy *policy,
+						      bool strict)
 {
 	unsigned int order = huge_page_order(loan->hstate);
-	int retries = HUGETLB_LOAN_RETRIES;
 	struct folio *folio;
 	u32 hash;
 
@@ -240,8 +372,8 @@ struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
 	might_lock(&hugetlb_fault_mutex_table[hash]);
 
 	for (;;) {
-		folio = filemap_lock_folio(mapping, index);
-		if (!IS_ERR(folio))
+		folio = hugetlb_loan_lock_folio(mapping, index, TASK_KILLABLE);
+		if (folio != ERR_PTR(-ENOENT))
 			return folio;
 
 		/*
@@ -252,50 +384,117 @@ struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
 		 * busy zeroing the folio, and the latter is shared.
 		 */
 		mutex_lock(&hugetlb_fault_mutex_table[hash]);
-		folio = filemap_get_folio(mapping, index);
-		if (!IS_ERR(folio)) {
+		if (xa_load(&mapping->i_pages, index)) {
 			mutex_unlock(&hugetlb_fault_mutex_table[hash]);
-			folio_put(folio);
 			continue;
 		}
 
-		/*
-		 * -EAGAIN: a folio that was removed from the file is still in
-		 * use.  Most likely by somebody who was about to fault it in, and
-		 * gives it up soon.  If it's pinned, or if memory failure keeps it,
-		 * another page of the pool may take its place.  That is for whoever
-		 * holds the mutex to find out: one replacement is enough for all
-		 * who wait for this huge page.
-		 */
-		do {
-			folio = hugetlb_loan_alloc_folio(loan, mapping, index,
-							 policy);
-		} while (folio == ERR_PTR(-EAGAIN) && retries <= 0 &&
-			 !hugepage_subpool_grow(loan->subpool,
-						loan->reservation_cgroup));
+		folio = hugetlb_loan_alloc_folio(loan, mapping, index, policy,
+						 strict);
 		mutex_unlock(&hugetlb_fault_mutex_table[hash]);
+		return folio;
+	}
+}
+
+/**
+ * hugetlb_loan_get_folio - Get the huge folio at an index of a file
+ * @loan: The file's loan.
+ * @mapping: The file's page cache.
+ * @index: Index in the file in units of PAGE_SIZE, need not be aligned.
+ * @policy: Memory policy for a new folio.  NULL for the current task's policy.
+ * @strict: Fail if the policy rules out all nodes that have a page.  If false, a
+ *	policy that the pool can't satisfy doesn't make the allocation fail, as the
+ *	reservation is not bound to nodes.
+ *
+ * Finds the folio or takes a new one from the pool.  A new folio isn't zeroed,
+ * and isn't uptodate.
+ *
+ * A page that was removed from the file is the file's again when its last reference
+ * is gone.  If the allocation needs that one, it waits for it.  If the page stays
+ * away, because it's poisoned or pinned, or for other reasons for a second,
+ * another page of the pool takes its place.
+ *
+ * Context: May sleep.  Takes the HugeTLB fault mutex of the huge page to
+ * allocate, inside of which the caller must not hold the lock of any folio of
+ * the file.  The caller must not hold a reference to a folio of the file, or
+ * anything that one who holds such a reference needs in order to drop it.
+ * Return: The folio, locked and with a reference for the caller, or an ERR_PTR:
+ * -ENOMEM if no page cache node could be allocated, if a HugeTLB or memory
+ * cgroup limit is hit, if the cpuset of the current task, or a strict policy, has
+ * no node with a huge page, or if all pages that the allocation would have to wait
+ * for are poisoned or pinned and there is none to take the place of one; -EINTR if
+ * the task is about to die.
+ */
+struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
+				     struct address_space *mapping,
+				     pgoff_t index, struct mempolicy *policy,
+				     bool strict)
+{
+	struct hugepage_subpool *subpool = loan->subpool;
+	DEFINE_WAIT_FUNC(wait, woken_wake_function);
+	bool last_chance_gone = false;
+	unsigned long end_of_patience;
+	struct folio *folio;
+	long timeout;
+	int r;
+
+	folio = hugetlb_loan_find_or_alloc_folio(loan, mapping, index, policy, strict);
+	if (folio != ERR_PTR(-EAGAIN))
+		return folio;
+
+	/*
+	 * All of the file's pages are in use.  One of them was removed from the
+	 * file, as this one isn't there.  Most likely somebody was about to fault it
+	 * in and gives it up as soon as he gets the CPU.
+	 *
+	 * Whoever waits for the subpool has to look at each page that comes back,
+	 * be it for his own or because another one who waits for the same page of
+	 * the file has taken it.  Hence nobody waits exclusively.
+	 */
+	end_of_patience = jiffies + HUGETLB_LOAN_PATIENCE;
+	add_wait_queue(&subpool->wait, &wait);
+
+	for (;;) {
+		folio = hugetlb_loan_find_or_alloc_folio(loan, mapping, index, policy,
+							 strict);
+		if (folio != ERR_PTR(-EAGAIN))
+			break;
+
+		if (fatal_signal_pending(current)) {
+			folio = ERR_PTR(-EINTR);
+			break;
+		}
+
+		r = hugetlb_loan_replace_stray(loan, time_after_eq(jiffies, end_of_patience));
+		if (!r)
+			continue;
 
 		/*
-		 * -ENOSPC: the pool doesn't have the page.  free_huge_folio()
-		 * gives it back to the subpool, and only then to the pool and its
-		 * cgroup.
+		 * Nothing has come back and nothing was added since all strays were
+		 * last seen to be lost, and GUP-fast, which may take pins just to
+		 * drop them again, has interrupts disabled for as long as it does.
 		 */
-		if (folio != ERR_PTR(-EAGAIN) && folio != ERR_PTR(-ENOSPC))
-			return folio;
+		if (r == -ENOMEM && last_chance_gone && !(READ_ONCE(wait.flags) & WQ_FLAG_WOKEN)) {
+			folio = ERR_PTR(-ENOMEM);
+			break;
+		}
 
-		retries--;
-
-		if (fatal_signal_pending(current))
-			return ERR_PTR(-EINTR);
-		if (retries < 0)
-			return ERR_PTR(-ENOMEM);
-		fsleep(1000);
+		timeout = r == -ENOMEM ? HUGETLB_LOAN_LAST_CHANCE : HUGETLB_LOAN_PATIENCE;
+		last_chance_gone = !wait_woken(&wait, TASK_KILLABLE, timeout) &&
+				   r == -ENOMEM;
+		if (last_chance_gone)
+			synchronize_rcu();
 	}
+
+	remove_wait_queue(&subpool->wait, &wait);
+	return folio;
 }
 EXPORT_SYMBOL_FOR_MODULES(hugetlb_loan_get_folio, "kvm");
 
 static void hugetlb_loan_return_folio(struct folio *folio)
 {
+	struct hugepage_subpool *subpool = hugetlb_folio_subpool(folio);
+
 	/* Entries are added with the folio locked. */
 	if (folio_mapped(folio))
 		unmap_mapping_folio(folio);
@@ -306,6 +505,16 @@ static void hugetlb_loan_return_folio(struct folio *folio)
 
 	folio_clear_dirty(folio);
 	folio_clear_uptodate(folio);
+
+	/*
+	 * It's a stray before it's gone: a fault that doesn't find it in the page
+	 * cache looks for it there.
+	 */
+	spin_lock_irq(&hugetlb_lock);
+	list_add_tail(&folio->_deferred_list, &subpool->strays);
+	wake_up(&subpool->wait);
+	spin_unlock_irq(&hugetlb_lock);
+
 	filemap_remove_folio(folio);
 }
 
@@ -320,32 +529,30 @@ static void hugetlb_loan_return_folio(struct folio *folio)
  * reservation as soon as nobody else refers to them.  Indices that a concurrent
  * fault populates may stay populated.
  *
- * Context: May sleep.  Takes folio locks, i_mmap_rwsem and i_lock.
+ * Context: May sleep.  Takes folio locks, i_mmap_rwsem, i_lock and hugetlb_lock.
  */
 void hugetlb_loan_return_folios(struct address_space *mapping,
 				pgoff_t start, pgoff_t end)
 {
-	struct folio_batch fbatch;
-	unsigned int i;
+	struct folio *folio;
 
 	might_sleep();
 
-	folio_batch_init(&fbatch);
-	while (start < end &&
-	       filemap_get_folios(mapping, &start, end - 1, &fbatch)) {
-		for (i = 0; i < folio_batch_count(&fbatch); i++) {
-			struct folio *folio = fbatch.folios[i];
+	while (xa_find(&mapping->i_pages, &start, end - 1, XA_PRESENT)) {
+		folio = hugetlb_loan_lock_folio(mapping, start, TASK_UNINTERRUPTIBLE);
+		if (IS_ERR(folio))
+			continue;
 
-			folio_lock(folio);
-			if (folio->mapping == mapping)
-				hugetlb_loan_return_folio(folio);
-			folio_unlock(folio);
+		hugetlb_loan_return_folio(folio);
+		start = folio_next_index(folio);
+		folio_unlock(folio);
 
-			/* A fault may be waiting for it to be back. */
-			folio_put(folio);
-			cond_resched();
-		}
-		folio_batch_reinit(&fbatch);
+		/* A fault may be waiting for it to be back. */
+		folio_put(folio);
+		cond_resched();
+
+		if (start >= end)
+			break;
 	}
 }
 EXPORT_SYMBOL_FOR_MODULES(hugetlb_loan_return_folios, "kvm");

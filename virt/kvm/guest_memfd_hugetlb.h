@@ -22,6 +22,15 @@ static inline unsigned long kvm_gmem_page_size(struct inode *inode)
 	return PAGE_SIZE;
 }
 
+/* Memory that the file will get for sure when it needs it, in bytes. */
+static inline u64 kvm_gmem_reserved(struct inode *inode)
+{
+	if (kvm_gmem_is_hugetlb(inode))
+		return hugetlb_loan_reserved(&GMEM_I(inode)->hugetlb);
+
+	return 0;
+}
+
 int kvm_gmem_hugetlb_init_inode(struct inode *inode);
 int kvm_gmem_hugetlb_mmap(struct file *file, struct vm_area_struct *vma);
 unsigned long kvm_gmem_hugetlb_get_unmapped_area(struct file *file,

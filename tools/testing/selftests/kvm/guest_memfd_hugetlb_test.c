@@ -1462,14 +1462,6 @@ TEST_F_TIMEOUT(hugetlb, memory_policy, HUGETLB_TEST_TIMEOUT)
 	kvm_set_mempolicy(MPOL_DEFAULT, NULL, 0);
 	kvm_munmap(mem, 2 * half);
 	kvm_close(fd);
-
-	/* A policy makes no access fail, there are as many pages as are reserved. */
-	fd = create(self->available);
-	mem = kvm_mmap(self->available * page_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
-	kvm_mbind(mem, self->available * page_size, MPOL_BIND, &masks[1], 8, 0);
-	read_nodes(page_size, free);
-	kvm_fallocate(fd, ALLOCATE, 0, (free[1] + 1) * page_size);
-	assert_nodes(page_size, free, 1, free[1]);
 }
 
 TEST_HARNESS_MAIN

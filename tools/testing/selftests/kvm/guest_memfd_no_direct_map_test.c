@@ -1125,8 +1125,9 @@ TEST_F_TIMEOUT(direct_map, coredump, HUGETLB_TEST_TIMEOUT)
 		TEST_ASSERT(!file_has_page(core, pattern), "The core dump has the file's memory");
 		unlink(core);
 
-		/* It may be asked for all the same, and there is nothing to be had. */
-		madvise(mem, self->size, MADV_DODUMP);
+		/* Nor can it be asked for. */
+		TEST_ASSERT(madvise(mem, self->size, MADV_DODUMP) == -1 && errno == EINVAL,
+			    "MADV_DODUMP: wanted EINVAL, errno %d", errno);
 	}
 	rmdir(dir);
 	TEST_ASSERT_MEMORY(mem, SZ_4K, pattern);
@@ -1312,6 +1313,11 @@ FIXTURE_VARIANT_ADD(direct_map_poison, shared_2M) {
 	.flags = SHARED_MEMORY,
 };
 
+FIXTURE_VARIANT_ADD(direct_map_poison, shared_1G) {
+	.page_size = SZ_1G,
+	.flags = SHARED_MEMORY,
+};
+
 FIXTURE_SETUP(direct_map_poison)
 {
 	const char *missing = direct_map_missing();
@@ -1376,6 +1382,52 @@ TEST_F_TIMEOUT(direct_map_poison, inject, HUGETLB_TEST_TIMEOUT)
 	TEST_ASSERT_EQ(direct_map_present(now, phys, phys + SZ_4K), 0);
 
 	/* Whoever gets the page after this uses the direct map. */
+	TEST_ASSERT(!write_long(UNPOISON_PFN, phys / SZ_4K), "Can't unpoison 0x%lx, errno %d",
+		    (unsigned long)phys, errno);
+	direct_map_read(now);
+	TEST_ASSERT_EQ(now->present, before->present);
+}
+
+/*
+ * Several errors, some of them side by side, and at either end of the page.  They must
+ * not be in the direct map for a moment, i.e. the page isn't put back as a whole.
+ */
+TEST_F_TIMEOUT(direct_map_poison, several, HUGETLB_TEST_TIMEOUT)
+{
+	const size_t page_size = self->page_size;
+	const size_t errors[] = { 0, SZ_4K, page_size / 2 + SZ_4K, page_size - SZ_4K };
+	const char *whole = page_size == SZ_1G ? "1G pages preserved" : "2M pages preserved";
+	u64 phys, pattern = random_pattern();
+	long written;
+	char *mem;
+	int fd, i;
+
+	if (!is_hugetlb)
+		SKIP(return, "not about huge pages");
+
+	fd = create();
+	mem = map(fd);
+	write_samples(mem, page_size, pattern);
+	direct_map_read(now);
+	phys = find_hole(0);
+	for (i = 0; i < ARRAY_SIZE(errors); i++)
+		TEST_ASSERT(!write_long(CORRUPT_PFN, (phys + errors[i]) / SZ_4K) ||
+			    (i && errno == EHWPOISON),
+			    "Can't poison 0x%lx, errno %d", (long)(phys + errors[i]), errno);
+
+	written = read_field(CPA_STATS, whole);
+	kvm_fallocate(fd, PUNCH_HOLE, 0, page_size);
+	TEST_ASSERT_EQ(read_field(CPA_STATS, whole), written);
+
+	kvm_munmap(mem, self->size);
+	kvm_close(fd);
+	kvm_vm_free(self->vm);
+	direct_map_read(now);
+	TEST_ASSERT_EQ((long)(before->present - now->present), ARRAY_SIZE(errors) * SZ_4K);
+	for (i = 0; i < ARRAY_SIZE(errors); i++)
+		TEST_ASSERT_EQ(direct_map_present(now, phys + errors[i],
+						  phys + errors[i] + SZ_4K), 0);
+
 	TEST_ASSERT(!write_long(UNPOISON_PFN, phys / SZ_4K), "Can't unpoison 0x%lx, errno %d",
 		    (unsigned long)phys, errno);
 	direct_map_read(now);

@@ -373,7 +373,7 @@ static void print_ratios(const char *title, const char *base_name)
 	}
 }
 
-static void help(const char *program)
+static void help(const char *program, int status)
 {
 	int i;
 
@@ -382,7 +382,7 @@ static void help(const char *program)
 	for (i = 0; i < ARRAY_SIZE(backings); i++)
 		printf(" %s", backings[i].name);
 	printf("\n");
-	exit(KSFT_SKIP);
+	exit(status);
 }
 
 int main(int argc, char *argv[])
@@ -403,17 +403,20 @@ int main(int argc, char *argv[])
 		case 'n':
 			repetitions = atoi_positive("Repetitions", optarg);
 			break;
+		case 'h':
+			help(argv[0], KSFT_SKIP);
+			break;
 		default:
-			help(argv[0]);
+			help(argv[0], KSFT_FAIL);
 		}
 	}
 	if (!size || size % SZ_4K || nr_vcpus > MAX_VCPUS)
-		help(argv[0]);
+		help(argv[0], KSFT_FAIL);
 
 	for (i = optind; i < argc; i++) {
 		backing = find_backing(argv[i]);
 		if (!backing)
-			help(argv[0]);
+			help(argv[0], KSFT_FAIL);
 		backing->wanted = true;
 	}
 

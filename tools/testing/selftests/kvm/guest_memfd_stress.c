@@ -920,7 +920,7 @@ static void find_page_sizes(void)
 		page_sizes[nr_page_sizes++] = SZ_1G;
 }
 
-static void help(const char *name)
+static void help(const char *name, int status)
 {
 	printf("Usage: %s [OPTION]...\n"
 	       "  -s, --seed N             what to do (default: random)\n"
@@ -931,7 +931,7 @@ static void help(const char *name)
 	       "  -m, --memory-failures N  poison up to N pages, which are lost (default: 0)\n",
 	       name, options.duration, MAX_PROCESSES, options.processes, MAX_THREADS,
 	       options.threads);
-	exit(0);
+	exit(status);
 }
 
 static void parse_options(int argc, char **argv)
@@ -970,10 +970,15 @@ static void parse_options(int argc, char **argv)
 		case 'm':
 			options.memory_failures = atoi_non_negative("Memory failures", optarg);
 			break;
+		case 'h':
+			help(argv[0], KSFT_SKIP);
+			break;
 		default:
-			help(argv[0]);
+			help(argv[0], KSFT_FAIL);
 		}
 	}
+	if (optind < argc)
+		help(argv[0], KSFT_FAIL);
 	TEST_ASSERT(options.processes <= MAX_PROCESSES && options.threads <= MAX_THREADS,
 		    "Too many processes or threads");
 }

@@ -28,8 +28,11 @@
 #define SHARED_MEMORY	(GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
 #define PRIVATE_MEMORY	0
 
-/* Zeroing 1G takes its time, above all in an emulator, or with a debug kernel. */
-#define HUGETLB_TEST_TIMEOUT	300
+/*
+ * Zeroing 1G takes its time, above all in an emulator, with a debug kernel, on a machine
+ * that has other things to do.  Whoever runs the tests knows better when to give up.
+ */
+#define HUGETLB_TEST_TIMEOUT	3600
 
 struct hugetlb_pool {
 	long total;
@@ -164,24 +167,6 @@ static inline void __assert_pool(size_t page_size, struct hugetlb_pool want,
 #define TEST_ASSERT_POOL_EVENTUALLY(_page_size, _before, _nr_allocated, _nr_reserved) \
 	__assert_pool(_page_size, _before, _nr_allocated, _nr_reserved, true,	\
 		      __FILE__, __LINE__)
-
-/*
- * How many pages a file has reserved beyond @nr_reserved.  It does so if a page
- * that was removed takes more than 100 ms to come back, because a thread that holds
- * it doesn't get to run.  Each thread holds one at most, and for each of the file's
- * pages one may be reserved too many, thus @max is how many threads and pages are.
- */
-static inline long hugetlb_pool_replacements(size_t page_size, struct hugetlb_pool before,
-					     long nr_reserved, long max)
-{
-	long nr = hugetlb_pool_get(page_size, "resv_hugepages") - before.reserved - nr_reserved;
-
-	if (nr)
-		pr_info("# %ld pages are reserved in place of others that came back late\n", nr);
-	TEST_ASSERT(nr >= 0 && nr <= max, "%ld pages in place of others, %ld are the most",
-		    nr, max);
-	return nr;
-}
 
 /* Returns why guest_memfd can't be tested with this page size, or NULL. */
 static inline const char *hugetlb_missing(size_t page_size, long nr_pages)

@@ -7,6 +7,7 @@
  * Nothing but the file is left of the VM here.  The inode may also outlive the file
  * for as long as somebody likes.  Don't expect to survive a failure.
  */
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,6 +29,10 @@
 /* Eviction takes about as long as filling: that's minutes in a slow debug kernel. */
 #define FILL_SECONDS	5
 #define UNLOAD_TIMEOUT	60
+
+/* How often a file is closed step by step, and how long each break is */
+#define NR_SLICED	20
+#define BREAK_MS	20
 
 struct unload_test {
 	const char *name;
@@ -246,6 +251,90 @@ static void run_test(const struct unload_test *test, const char *vendor)
 	ksft_test_result_pass("%s\n", test->name);
 }
 
+static void *break_thread(void *data)
+{
+	const struct sched_param param = { .sched_priority = 1 };
+	struct timespec begin, moment = { .tv_nsec = 1 };
+	atomic_bool *stop = data;
+
+	TEST_ASSERT(!sched_setscheduler(0, SCHED_FIFO, &param), "No SCHED_FIFO, errno %d", errno);
+	while (!atomic_load(stop)) {
+		clock_gettime(CLOCK_MONOTONIC, &begin);
+		while (timespec_to_ns(timespec_elapsed(begin)) < BREAK_MS * 1000000l)
+			;
+		nanosleep(&moment, NULL);
+	}
+	return NULL;
+}
+
+/*
+ * The one who closes the file gets no more of its CPU than an instant at a time.  When
+ * its inode has let go of the module, the superblock's own may still be there, until the
+ * mount is dropped.  Modules go in such a break, in one out of a few files.
+ */
+static void run_sliced_test(const char *vendor)
+{
+	long tainted = read_long("/proc/sys/kernel/tainted");
+	struct gmem_counters counters, unloaded;
+	pthread_t unloader, breaker;
+	cpu_set_t old, cpus;
+	atomic_bool stop;
+	struct kvm_vm *vm;
+	int i, fd, cpu;
+
+	TEST_ASSERT(!sched_getaffinity(0, sizeof(old), &old), "sched_getaffinity() failed");
+	if (CPU_COUNT(&old) < 2) {
+		ksft_test_result_skip("closed step by step: there is one CPU\n");
+		return;
+	}
+	for (cpu = 0; !CPU_ISSET(cpu, &old); cpu++)
+		;
+	counters = gmem_counters_read();
+	unloaded = counters;
+	expect_unloaded(&unloaded);
+
+	for (i = 0; i < NR_SLICED; i++) {
+		vm = vm_create_barebones();
+		fd = vm_create_guest_memfd(vm, SZ_4K, PRIVATE_MEMORY);
+		kvm_vm_free(vm);
+
+		cpus = old;
+		CPU_CLR(cpu, &cpus);
+		sched_setaffinity(0, sizeof(cpus), &cpus);
+		atomic_store(&unloading, false);
+		kvm_pthread_create(&unloader, NULL, unload_thread, (void *)vendor);
+		while (!atomic_load(&unloading))
+			sched_yield();
+
+		CPU_ZERO(&cpus);
+		CPU_SET(cpu, &cpus);
+		sched_setaffinity(0, sizeof(cpus), &cpus);
+		atomic_store(&stop, false);
+		kvm_pthread_create(&breaker, NULL, break_thread, &stop);
+		kvm_close(fd);
+		atomic_store(&stop, true);
+		kvm_pthread_join(breaker, NULL);
+		sched_setaffinity(0, sizeof(old), &old);
+		kvm_pthread_join(unloader, NULL);
+
+		gmem_counters_wait(&unloaded);
+		TEST_ASSERT_EQ(read_long("/proc/sys/kernel/tainted"), tainted);
+		module_load(vendor);
+		gmem_counters_wait(&counters);
+	}
+	ksft_test_result_pass("closed step by step\n");
+}
+
+/*
+ * A superblock's functions are in the module of its type, and it outlives the mount
+ * if anybody else has a reference to that.
+ */
+static void run_superblock_test(void)
+{
+	TEST_ASSERT_EQ(read_long("/sys/module/kvm/refcnt"), 2);
+	ksft_test_result_pass("the vendor module and the superblock hold KVM\n");
+}
+
 static const char *why_skip(const struct unload_test *test)
 {
 	if (test->page_size > SZ_4K)
@@ -268,7 +357,7 @@ int main(int argc, char **argv)
 	if (!kvm_has_cap(KVM_CAP_GUEST_MEMFD))
 		ksft_exit_skip("no KVM_CAP_GUEST_MEMFD\n");
 
-	ksft_set_plan(ARRAY_SIZE(tests));
+	ksft_set_plan(ARRAY_SIZE(tests) + 2);
 	gmem_cgroup_enter();
 	for (i = 0; i < ARRAY_SIZE(tests); i++) {
 		const char *reason = why_skip(&tests[i]);
@@ -280,6 +369,8 @@ int main(int argc, char **argv)
 		else
 			run_test(&tests[i], vendor);
 	}
+	run_superblock_test();
+	run_sliced_test(vendor);
 	gmem_cgroup_leave();
 	ksft_finished();
 }
