@@ -30,6 +30,9 @@
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 
+#define CREATE_TRACE_POINTS
+#include <trace/events/hugetlb_loan.h>
+
 #include "hugetlb_internal.h"
 #include "internal.h"
 
@@ -144,13 +147,21 @@ u64 hugetlb_loan_reserved(const struct hugetlb_loan *loan)
 EXPORT_SYMBOL_FOR_MODULES(hugetlb_loan_reserved, "kvm");
 
 /*
- * How long a fault waits for a page that was removed from the file to come back,
+ * How long an access waits for a page that was removed from the file to come back,
  * before another one takes its place in spite of there being no reason for it not
- * to come back, and before it gives up on one for which there is one, if there is
- * none to take its place.
+ * to come back.
  */
 #define HUGETLB_LOAN_PATIENCE		HZ
+
+/*
+ * And how long before it gives up if there is none to take its place: if there's a
+ * reason for the page not to come back, and if there isn't.  A task that comes across
+ * a page drops it when it gets the CPU, which even realtime tasks leave others a
+ * share of.  But whoever has a page in a pipe, say, may be waiting for what the
+ * access holds, i.e. for the access itself.
+ */
 #define HUGETLB_LOAN_LAST_CHANCE	(HZ / 10)
+#define HUGETLB_LOAN_DEADLINE		(30 * HZ)
 
 /*
  * Will the folio stay away for longer than somebody needs who has come across it
@@ -203,8 +214,8 @@ static bool hugetlb_loan_all_strays_lost(struct hugepage_subpool *subpool)
  * when it is freed.  Until then, it is what the file's cgroup is charged for in
  * addition, and nothing is left of the replacement once it is freed.
  *
- * Returns 0 if an allocation may succeed now, -EBUSY if there is, or may be, a folio
- * to wait for, and -ENOMEM if there is none.
+ * Returns 0 if an allocation may succeed now, -EBUSY if there is no such stray, and
+ * -ENOMEM if there is none to take its place.
  */
 static int hugetlb_loan_replace_stray(struct hugetlb_loan *loan, bool any)
 {
@@ -217,13 +228,15 @@ static int hugetlb_loan_replace_stray(struct hugetlb_loan *loan, bool any)
 		return -EBUSY;
 
 	/* This may sleep, and the stray may come back meanwhile. */
-	if (hugetlb_acct_memory(h, 1))
-		goto no_page;
-
 	if (hugetlb_cgroup_charge_more_rsvd(hstate_index(h), pages_per_huge_page(h),
-					    loan->reservation_cgroup)) {
-		hugetlb_acct_memory(h, -1);
-		goto no_page;
+					    loan->reservation_cgroup))
+		return -ENOMEM;
+
+	if (hugetlb_acct_memory(h, 1)) {
+		hugetlb_cgroup_uncharge_cgroup_rsvd(hstate_index(h),
+						    pages_per_huge_page(h),
+						    loan->reservation_cgroup);
+		return -ENOMEM;
 	}
 
 	spin_lock_irq(&hugetlb_lock);
@@ -250,9 +263,6 @@ static int hugetlb_loan_replace_stray(struct hugetlb_loan *loan, bool any)
 	if (!stray)
 		hugetlb_acct_memory(h, -1);
 	return 0;
-
-no_page:
-	return hugetlb_loan_all_strays_lost(subpool) ? -ENOMEM : -EBUSY;
 }
 
 static noinline
@@ -264,14 +274,22 @@ struct folio *hugetlb_loan_alloc_folio(struct hugetlb_loan *loan,
 	struct hstate *h = loan->hstate;
 	struct mempolicy_interpreted interpreted;
 	struct folio *folio;
+	long missing;
 	u32 hash;
 	int r;
 
 	hash = hugetlb_fault_mutex_hash(mapping, index >> huge_page_order(h));
 	lockdep_assert_held(&hugetlb_fault_mutex_table[hash]);
 
-	if (hugepage_subpool_get_pages(loan->subpool, 1) < 0)
+	missing = hugepage_subpool_get_pages(loan->subpool, 1);
+	if (missing < 0)
 		return ERR_PTR(-EAGAIN);
+
+	/* A page came back that nobody can have, see free_huge_folio(). */
+	if (missing && hugetlb_acct_memory(h, missing)) {
+		hugepage_subpool_unget_pages(loan->subpool, missing);
+		return ERR_PTR(-ENOMEM);
+	}
 
 	/* Consecutive huge pages go to consecutive nodes. */
 	mpol_interpret(policy, mapping->host->i_ino + (index >> huge_page_order(h)),
@@ -362,7 +380,7 @@ static struct folio *hugetlb_loan_find_or_alloc_folio(struct hugetlb_loan *loan,
 						      struct address_space *mapping,
 						      pgoff_t index,
 						      struct mempolicy *policy,
-						      bool strict)
+						      bool strict, int state)
 {
 	unsigned int order = huge_page_order(loan->hstate);
 	struct folio *folio;
@@ -372,7 +390,7 @@ static struct folio *hugetlb_loan_find_or_alloc_folio(struct hugetlb_loan *loan,
 	might_lock(&hugetlb_fault_mutex_table[hash]);
 
 	for (;;) {
-		folio = hugetlb_loan_lock_folio(mapping, index, TASK_KILLABLE);
+		folio = hugetlb_loan_lock_folio(mapping, index, state);
 		if (folio != ERR_PTR(-ENOENT))
 			return folio;
 
@@ -405,6 +423,7 @@ static struct folio *hugetlb_loan_find_or_alloc_folio(struct hugetlb_loan *loan,
  * @strict: Fail if the policy rules out all nodes that have a page.  If false, a
  *	policy that the pool can't satisfy doesn't make the allocation fail, as the
  *	reservation is not bound to nodes.
+ * @state: How to wait, TASK_INTERRUPTIBLE or TASK_KILLABLE.
  *
  * Finds the folio or takes a new one from the pool.  A new folio isn't zeroed,
  * and isn't uptodate.
@@ -416,29 +435,29 @@ static struct folio *hugetlb_loan_find_or_alloc_folio(struct hugetlb_loan *loan,
  *
  * Context: May sleep.  Takes the HugeTLB fault mutex of the huge page to
  * allocate, inside of which the caller must not hold the lock of any folio of
- * the file.  The caller must not hold a reference to a folio of the file, or
- * anything that one who holds such a reference needs in order to drop it.
+ * the file.  The caller must not hold a reference to a folio of the file.
  * Return: The folio, locked and with a reference for the caller, or an ERR_PTR:
  * -ENOMEM if no page cache node could be allocated, if a HugeTLB or memory
  * cgroup limit is hit, if the cpuset of the current task, or a strict policy, has
  * no node with a huge page, or if all pages that the allocation would have to wait
- * for are poisoned or pinned and there is none to take the place of one; -EINTR if
- * the task is about to die.
+ * for are poisoned or pinned, or don't come back for 30 seconds, and there is none
+ * to take the place of one; -EINTR if a signal is pending that @state allows for.
  */
 struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
 				     struct address_space *mapping,
 				     pgoff_t index, struct mempolicy *policy,
-				     bool strict)
+				     bool strict, int state)
 {
 	struct hugepage_subpool *subpool = loan->subpool;
 	DEFINE_WAIT_FUNC(wait, woken_wake_function);
-	bool last_chance_gone = false;
-	unsigned long end_of_patience;
+	bool last_chance_gone = false, replaced = false;
+	unsigned long begin;
 	struct folio *folio;
 	long timeout;
 	int r;
 
-	folio = hugetlb_loan_find_or_alloc_folio(loan, mapping, index, policy, strict);
+	folio = hugetlb_loan_find_or_alloc_folio(loan, mapping, index, policy, strict,
+						 state);
 	if (folio != ERR_PTR(-EAGAIN))
 		return folio;
 
@@ -451,23 +470,31 @@ struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
 	 * be it for his own or because another one who waits for the same page of
 	 * the file has taken it.  Hence nobody waits exclusively.
 	 */
-	end_of_patience = jiffies + HUGETLB_LOAN_PATIENCE;
+	begin = jiffies;
 	add_wait_queue(&subpool->wait, &wait);
 
 	for (;;) {
 		folio = hugetlb_loan_find_or_alloc_folio(loan, mapping, index, policy,
-							 strict);
+							 strict, state);
 		if (folio != ERR_PTR(-EAGAIN))
 			break;
 
-		if (fatal_signal_pending(current)) {
+		if (signal_pending_state(state, current)) {
 			folio = ERR_PTR(-EINTR);
 			break;
 		}
 
-		r = hugetlb_loan_replace_stray(loan, time_after_eq(jiffies, end_of_patience));
-		if (!r)
+		r = hugetlb_loan_replace_stray(loan, time_after_eq(jiffies, begin +
+								   HUGETLB_LOAN_PATIENCE));
+		if (!r) {
+			replaced = true;
 			continue;
+		}
+
+		/* There is something to wait for. */
+		if (r == -ENOMEM && !hugetlb_loan_all_strays_lost(subpool) &&
+		    time_before(jiffies, begin + HUGETLB_LOAN_DEADLINE))
+			r = -EBUSY;
 
 		/*
 		 * Nothing has come back and nothing was added since all strays were
@@ -480,13 +507,17 @@ struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
 		}
 
 		timeout = r == -ENOMEM ? HUGETLB_LOAN_LAST_CHANCE : HUGETLB_LOAN_PATIENCE;
-		last_chance_gone = !wait_woken(&wait, TASK_KILLABLE, timeout) &&
+		last_chance_gone = !wait_woken(&wait, state, timeout) &&
 				   r == -ENOMEM;
 		if (last_chance_gone)
 			synchronize_rcu();
 	}
 
 	remove_wait_queue(&subpool->wait, &wait);
+
+	if (replaced && !IS_ERR(folio))
+		trace_hugetlb_loan_replace(folio);
+
 	return folio;
 }
 EXPORT_SYMBOL_FOR_MODULES(hugetlb_loan_get_folio, "kvm");
@@ -494,6 +525,8 @@ EXPORT_SYMBOL_FOR_MODULES(hugetlb_loan_get_folio, "kvm");
 static void hugetlb_loan_return_folio(struct folio *folio)
 {
 	struct hugepage_subpool *subpool = hugetlb_folio_subpool(folio);
+
+	trace_hugetlb_loan_return(folio);
 
 	/* Entries are added with the folio locked. */
 	if (folio_mapped(folio))

@@ -63,7 +63,7 @@ u64 hugetlb_loan_reserved(const struct hugetlb_loan *loan);
 struct folio *hugetlb_loan_get_folio(struct hugetlb_loan *loan,
 				     struct address_space *mapping,
 				     pgoff_t index, struct mempolicy *policy,
-				     bool strict);
+				     bool strict, int state);
 void hugetlb_loan_return_folios(struct address_space *mapping,
 				pgoff_t start, pgoff_t end);
 bool hugetlb_loan_can_map(const struct hugetlb_loan *loan);

@@ -259,7 +259,7 @@ static int trace_read(const char *name, u64 ino, struct event *events, int max)
 	int nr = 0;
 	FILE *file;
 
-	snprintf(key, sizeof(key), " %s: ", name);
+	snprintf(key, sizeof(key), " %s: ", strchr(name, '/') + 1);
 	file = fopen(TRACING "/trace", "r");
 	TEST_ASSERT(file, "Can't open " TRACING "/trace");
 	while (fgets(line, sizeof(line), file)) {
@@ -296,11 +296,12 @@ TEST_F(info, trace)
 {
 	const unsigned long small_pages = self->page_size / getpagesize();
 	static const char * const events[] = {
-		"kvm_gmem_allocate", "kvm_gmem_punch_hole", "kvm_gmem_evict",
+		"kvm/kvm_gmem_allocate", "kvm/kvm_gmem_punch_hole", "kvm/kvm_gmem_evict",
+		"hugetlb_loan/hugetlb_loan_return",
 	};
 	struct event event[NR_PAGES + 1];
 	struct stat st;
-	char path[64];
+	char path[96];
 	int i;
 
 	if (access(TRACING "/events/kvm/kvm_gmem_allocate", F_OK))
@@ -309,7 +310,7 @@ TEST_F(info, trace)
 
 	trace_write("trace", " ");
 	for (i = 0; i < ARRAY_SIZE(events); i++) {
-		snprintf(path, sizeof(path), "events/kvm/%s/enable", events[i]);
+		snprintf(path, sizeof(path), "events/%s/enable", events[i]);
 		trace_write(path, "1");
 	}
 
@@ -320,7 +321,7 @@ TEST_F(info, trace)
 	kvm_vm_free(self->vm);
 
 	for (i = 0; i < ARRAY_SIZE(events); i++) {
-		snprintf(path, sizeof(path), "events/kvm/%s/enable", events[i]);
+		snprintf(path, sizeof(path), "events/%s/enable", events[i]);
 		trace_write(path, "0");
 	}
 
@@ -344,45 +345,18 @@ TEST_F(info, trace)
 	TEST_ASSERT_EQ(event[0].pages, small_pages);
 	TEST_ASSERT(event[0].time && event[0].time < 100000000000ull, "%llu ns", event[0].time);
 
+	/* One by the hole, one with the file */
+	TEST_ASSERT_EQ(trace_read(events[3], st.st_ino, event, NR_PAGES),
+		       self->is_hugetlb ? 2 : 0);
+	for (i = 0; i < (self->is_hugetlb ? 2 : 0); i++) {
+		TEST_ASSERT_EQ(event[i].offset, (i + 1) * self->page_size);
+		TEST_ASSERT_EQ(event[i].pages, small_pages);
+		TEST_ASSERT(event[i].node >= 0 && event[i].node < 64, "Node %d", event[i].node);
+	}
+
 	TEST_ASSERT_EQ(trace_read(events[2], st.st_ino, event, NR_PAGES), 1);
 	TEST_ASSERT_EQ(event[0].pages, small_pages);
 	TEST_ASSERT(event[0].time && event[0].time < 100000000000ull, "%llu ns", event[0].time);
-}
-
-/*
- * KVM would have to pin memory that it reaches by user space address.  It can't if the
- * memory is out of the direct map, and says so when the memslot is created.
- */
-TEST_F(info, ordinary_memslot)
-{
-	const bool refused = variant->flags & GUEST_MEMFD_FLAG_NO_DIRECT_MAP;
-	char *mem;
-	int r;
-
-	if (!(variant->flags & GUEST_MEMFD_FLAG_MMAP))
-		SKIP(return, "private memory can't be mapped");
-
-	mem = kvm_mmap(self->size, PROT_READ | PROT_WRITE, MAP_SHARED, self->fd);
-	r = __vm_set_user_memory_region(self->vm, 1, 0, SZ_4G, self->size, mem);
-	TEST_ASSERT(refused ? r == -1 && errno == EFAULT : !r, "Returned %d, errno %d",
-		    r, errno);
-
-	/* Nothing of it is left. */
-	if (!refused)
-		vm_set_user_memory_region(self->vm, 1, 0, SZ_4G, 0, mem);
-
-	/* Any part of it will do, */
-	r = __vm_set_user_memory_region(self->vm, 1, 0, SZ_4G, getpagesize(),
-					mem + self->size - getpagesize());
-	TEST_ASSERT(refused ? r == -1 && errno == EFAULT : !r, "Returned %d, errno %d",
-		    r, errno);
-	if (!refused)
-		vm_set_user_memory_region(self->vm, 1, 0, SZ_4G, 0, mem);
-
-	/* while memory of the file itself is reached by file and offset. */
-	vm_set_user_memory_region2(self->vm, 1, KVM_MEM_GUEST_MEMFD, SZ_4G, self->size,
-				   mem, self->fd, 0);
-	kvm_munmap(mem, self->size);
 }
 
 TEST_HARNESS_MAIN

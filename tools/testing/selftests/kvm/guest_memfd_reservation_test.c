@@ -17,6 +17,7 @@
 #include <linux/stddef.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 
 #include "guest_memfd_lifecycle.h"
@@ -350,9 +351,31 @@ TEST_F_TIMEOUT(reservation, pinned, HUGETLB_TEST_TIMEOUT)
 	ASSERT_POOL(0, 1);
 }
 
+#define TRACE_REPLACE	"/sys/kernel/tracing/events/hugetlb_loan/hugetlb_loan_replace/enable"
+
+/* How many pages of a file have replaced others since this was turned on */
+static int count_replaced(int fd)
+{
+	char line[512], key[64];
+	struct stat st;
+	FILE *file;
+	int nr = 0;
+
+	TEST_ASSERT(!fstat(fd, &st), "fstat(): errno %d", errno);
+	snprintf(key, sizeof(key), " hugetlb_loan_replace: ino %lu offset 0x0 pages 512 ",
+		 (unsigned long)st.st_ino);
+	file = fopen("/sys/kernel/tracing/trace", "r");
+	TEST_ASSERT(file, "Can't open the trace");
+	while (fgets(line, sizeof(line), file))
+		nr += !!strstr(line, key);
+	fclose(file);
+	return nr;
+}
+
 /* Nor is it if it's the replacement that goes first, or is never used. */
 TEST_F_TIMEOUT(reservation, pinned_and_punched_again, HUGETLB_TEST_TIMEOUT)
 {
+	const bool traced = !write_long(TRACE_REPLACE, 1);
 	int ring;
 
 	create(self, 1, 1);
@@ -364,6 +387,10 @@ TEST_F_TIMEOUT(reservation, pinned_and_punched_again, HUGETLB_TEST_TIMEOUT)
 	kvm_fallocate(self->fd, PUNCH_HOLE, 0, PAGE);
 	TEST_ASSERT_EQ(READ_ONCE(*(u64 *)self->mem), 0);
 	ASSERT_POOL(2, 0);
+	if (traced) {
+		TEST_ASSERT_EQ(count_replaced(self->fd), 1);
+		write_long(TRACE_REPLACE, 0);
+	}
 	kvm_fallocate(self->fd, PUNCH_HOLE, 0, PAGE);
 	ASSERT_POOL(1, 1);
 	kvm_close(ring);

@@ -210,7 +210,8 @@ TEST_F_TIMEOUT(view, smaps, HUGETLB_TEST_TIMEOUT)
 	read_smaps(want, sizeof(want), self->reference);
 	read_smaps(got, sizeof(got), self->mem);
 	ASSERT_UNDISTURBED("smaps");
-	TEST_ASSERT_EQ(field_kb(want, "Private_Hugetlb"), self->page_size / SZ_1K);
+	TEST_ASSERT(field_kb(want, "Private_Hugetlb") == self->page_size / SZ_1K,
+		    "hugetlbfs:\n%s", want);
 	TEST_ASSERT(!strcmp(want, got), "hugetlbfs:\n%s\nguest_memfd:\n%s", want, got);
 }
 
@@ -254,7 +255,8 @@ TEST_F_TIMEOUT(view, smaps_rollup, HUGETLB_TEST_TIMEOUT)
 	TEST_ASSERT(read(fd, text, sizeof(text) - 1) > 0, "Can't read smaps_rollup");
 	kvm_close(fd);
 	ASSERT_UNDISTURBED("smaps_rollup");
-	TEST_ASSERT_EQ(field_kb(text, "Private_Hugetlb"), 2 * self->page_size / SZ_1K);
+	TEST_ASSERT(field_kb(text, "Private_Hugetlb") == 2 * self->page_size / SZ_1K,
+		    "smaps_rollup:\n%s", text);
 	TEST_ASSERT_EQ(field_kb(text, "FilePmdMapped"), 0);
 }
 
