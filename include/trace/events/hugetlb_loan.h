@@ -10,6 +10,7 @@
 #include <linux/tracepoint.h>
 
 DECLARE_EVENT_CLASS(hugetlb_loan_folio,
+
 	TP_PROTO(struct folio *folio),
 	TP_ARGS(folio),
 
@@ -33,12 +34,14 @@ DECLARE_EVENT_CLASS(hugetlb_loan_folio,
 
 /* The folio is about to be removed from its file. */
 DEFINE_EVENT(hugetlb_loan_folio, hugetlb_loan_return,
+
 	TP_PROTO(struct folio *folio),
 	TP_ARGS(folio)
 );
 
 /* The folio takes the place of one that was removed, and is still in use. */
 DEFINE_EVENT(hugetlb_loan_folio, hugetlb_loan_replace,
+
 	TP_PROTO(struct folio *folio),
 	TP_ARGS(folio)
 );

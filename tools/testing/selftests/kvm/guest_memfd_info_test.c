@@ -275,10 +275,12 @@ static int trace_read(const char *name, u64 ino, struct event *events, int max)
 			continue;
 
 #define read_field(_format, _field)						\
-		if (strstr(p, #_field " "))					\
-			TEST_ASSERT(sscanf(strstr(p, #_field " "),		\
-					   #_field " " _format, &event._field) == 1, \
-				    "'%s'", line)
+do {										\
+	const char *at = strstr(p, #_field " ");				\
+										\
+	TEST_ASSERT(!at || sscanf(at, #_field " " _format, &event._field) == 1,	\
+		    "'%s'", line);						\
+} while (0)
 		read_field("0x%llx", offset);
 		read_field("%lu", pages);
 		read_field("%d", node);

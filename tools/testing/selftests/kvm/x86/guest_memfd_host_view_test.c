@@ -98,7 +98,7 @@ static struct guest_view guest_look(struct kvm_vcpu *vcpu)
 	return view;
 }
 
-static void assert_undisturbed(FIXTURE_DATA(view) *self, const char *what)
+static void assert_undisturbed(struct _test_data_view *self, const char *what)
 {
 	long faults = minor_faults();
 	struct guest_view now;
@@ -368,7 +368,7 @@ static void read_numa_maps(char *text, size_t size, const char *mem)
 	while (!found && fgets(line, sizeof(line), file)) {
 		next = line;
 		found = strtoul(strsep(&next, " "), NULL, 16) == (unsigned long)mem;
-		while (found && (word = strsep(&next, " \n"))) {
+		while (found && (word = strsep(&next, "\n "))) {
 			/* The name of the file, of which " (deleted)" is a part */
 			if (!strncmp(word, "file=", 5) || !strncmp(word, "(deleted)", 9) || !*word)
 				continue;

@@ -92,11 +92,11 @@ FIXTURE_TEARDOWN_PARENT(pitfall)
 	TEST_ASSERT_POOL_EVENTUALLY(SZ_2M, self->pool, 0, 0);
 }
 
-static volatile sig_atomic_t nr_signals;
+static int nr_signals;
 
 static void alarm_handler(int signal)
 {
-	nr_signals++;
+	WRITE_ONCE(nr_signals, READ_ONCE(nr_signals) + 1);
 }
 
 /* There is nothing fatal about the signal, it's just that somebody has to handle it. */
@@ -116,7 +116,7 @@ TEST_F_TIMEOUT(pitfall, signal, HUGETLB_TEST_TIMEOUT)
 
 	/* A machine may be so fast as to be done before there is a signal. */
 	for (tries = 0; tries < 100; tries++) {
-		before = nr_signals;
+		before = READ_ONCE(nr_signals);
 		TEST_ASSERT(!setitimer(ITIMER_REAL, &interval, NULL), "setitimer() failed");
 		r = fallocate(fd, ALLOCATE, 0, size);
 		if (r && errno != EINTR)
@@ -124,8 +124,8 @@ TEST_F_TIMEOUT(pitfall, signal, HUGETLB_TEST_TIMEOUT)
 		TEST_ASSERT(!setitimer(ITIMER_REAL, &off, NULL), "setitimer() failed");
 		if (r)
 			break;
-		TEST_ASSERT(nr_signals - before < 3, "Allocated on through %d signals",
-			    nr_signals - before);
+		TEST_ASSERT(READ_ONCE(nr_signals) - before < 3,
+			    "Allocated on through %d signals", nr_signals - before);
 		kvm_fallocate(fd, PUNCH_HOLE, 0, size);
 	}
 	TEST_ASSERT(r, "Allocating %lu MiB takes less than 3 ms, 100 times", size / SZ_1M);
