@@ -244,7 +244,7 @@ static int hugetlb_loan_replace_stray(struct hugetlb_loan *loan, bool any)
 	if (stray) {
 		list_del_init(&stray->_deferred_list);
 		hugetlb_set_folio_subpool(stray, NULL);
-		/* A poisoned page won't be freed, and is nobody's any more. */
+		/* A poisoned page may never be freed, nor its charge undone. */
 		charged = !folio_test_hwpoison(stray);
 		if (charged)
 			hugetlb_cgroup_commit_charge_rsvd(hstate_index(h),
